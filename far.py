@@ -1,0 +1,638 @@
+"""FAR: frequency autoregressive image generation with continuous tokens (Yu et al., arXiv 2503.05305), in one file.
+
+An image is generated from low to high frequencies. Level i shows x_i, the image low-passed to a share keep_i of its
+bandwidth; x_0 = 0 and x_F is the image. A transformer reads x_0 .. x_i and says z_i, one vector a token (`Transformer`);
+a small diffusion network draws the image's tokens given z_i (`DiffusionHead`); a spectral filter turns the draw into x_{i+1}
+(`ORDERINGS`). `FAR.forward` is the training loss, `FAR.sample` the generation loop. The file reads top to bottom in that order.
+
+Letters as in the paper: B batch, C channels, H side, p patch side, N = (H/p)^2 tokens of D = C p^2 numbers, F levels, W width.
+"""
+import math
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Orderings: x_i = P_i x, a chain of nested projections from nothing to the whole image
+
+
+def fourier(x, keep, disc=False):
+    """Ideal low-pass filter of the paper: keeps frequencies |f_x|, |f_y| <= keep H/2 (whole cycles per image).
+
+    x [B, C, H, H] -> [B, C, H, H]; keep in [0, 1], 0 gives zeros and 1 gives x. With `disc` the region is |f| <= keep H/2.
+    """
+    if keep <= 0 or keep >= 1:
+        return x.clone() if keep >= 1 else torch.zeros_like(x)
+    H = x.shape[-1]
+    f = torch.fft.fftfreq(H, 1 / H, device=x.device).abs()                      # 0, 1, .., H/2, .., 1 cycles per image
+    radius = torch.hypot(f[:, None], f) if disc else torch.maximum(f[:, None], f)
+    return torch.fft.ifft2(torch.fft.fft2(x) * (radius <= keep * H / 2 + 1e-6)).real
+
+
+def dct(x, keep):
+    """Low-pass in the orthonormal 2-D DCT-II: keeps the coefficients with both indices < keep H; no wrap-around at the borders.
+
+    x [B, C, H, H] -> [B, C, H, H]; keep in [0, 1], 0 gives zeros and 1 gives x.
+    """
+    if keep >= 1:
+        return x.clone()
+    H = x.shape[-1]
+    k, n = torch.arange(H, device=x.device)[:, None], torch.arange(H, device=x.device)
+    basis = torch.cos(math.pi * k * (n + 0.5) / H) * (2 / H) ** 0.5             # row k is the k-th cosine
+    basis[0] /= 2 ** 0.5
+    basis = basis[:math.ceil(keep * H - 1e-6)].to(x.dtype)
+    return basis.T @ (basis @ x @ basis.T) @ basis
+
+
+def resize(x, keep):
+    """Area down-sampling to k x k, k = max(1, round(keep H)), and bicubic up-sampling: what the published code runs.
+
+    x [B, C, H, H] -> [B, C, H, H]; keep in [0, 1], 0 gives zeros and 1 gives x. Nearly, but not exactly, a projection.
+    """
+    if keep <= 0 or keep >= 1:
+        return x.clone() if keep >= 1 else torch.zeros_like(x)
+    k = max(1, round(keep * x.shape[-1]))
+    return F.interpolate(F.interpolate(x, size=(k, k), mode="area"), size=x.shape[-2:], mode="bicubic")
+
+
+ORDERINGS = {"fourier": fourier, "dct": dct, "resize": resize}  # name -> ordering(x [B, C, H, H], keep) -> [B, C, H, H]
+
+
+def check_ordering(fn, size, channels=3):
+    """Says in words which laws of an ordering `fn(x, keep)` breaks on size x size images, and by how much (largest error
+    on Gaussian images of deviation 1). Returns list[str], empty when all hold: shape, zero at 0, identity at 1, linear, idempotent, nested."""
+    x, y = torch.randn(2, 2, channels, size, size, generator=torch.Generator().manual_seed(0))
+    keeps = [0.125, 0.25, 0.4, 0.5, 0.75, 1.0]
+    if fn(x, 0.5).shape != x.shape:
+        return [f"shape: {list(x.shape)} becomes {list(fn(x, 0.5).shape)} at keep 0.5"]
+    checks = [("zero at 0", "keep 0", fn(x, 0.0), 0 * x), ("identity at 1", "keep 1", fn(x, 1.0), x)]
+    for a in keeps:
+        P = fn(x, a)
+        checks.append(("linear", f"keep {a:g}", fn(2 * x - 3 * y, a), 2 * P - 3 * fn(y, a)))
+        checks.append(("idempotent", f"keep {a:g}", fn(P, a), P))
+        for b in keeps:
+            if a < b:
+                checks.append(("nested", f"keep {a:g} after {b:g}", fn(fn(x, b), a), P))
+                checks.append(("nested", f"keep {b:g} after {a:g}", fn(P, b), P))
+    broken = {}  # law -> (error, where), the worst case of each
+    for law, where, got, want in checks:
+        error = (got - want).abs().max().item()
+        if not error <= 1e-4 and not error <= broken.get(law, (0, ""))[0]:
+            broken[law] = (error, where)
+    return [f"{law}: broken at {where}, largest error {error:.3g}" for law, (error, where) in broken.items()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+PAPER_LEVELS = tuple(side / 16 for side in (2, 3, 4, 5, 6, 7, 8, 9, 10, 16))  # 10 steps on the paper's 16 x 16 token grid
+PAPER = dict(levels=PAPER_LEVELS, ordering="fourier", attention="causal", levels_per_image=0, head_mixing=False, head_draws=4, target="full",
+             prediction="eps", schedule="cosine", solver="ddpm", head_steps="paper", mask="text", loss_weighting=True)
+LATENTS = dict(image_size=16, channels=16, patch_size=1, num_classes=1000, levels=PAPER_LEVELS, cond_tokens=64, attention="causal",
+               levels_per_image=0, head_mixing=False, head_draws=4, dropout=0.1)
+PRESETS = {
+    "digits": dict(image_size=8, channels=1, patch_size=2, num_classes=10, levels=(0.25, 0.5, 1.0), width=64, depth=1, heads=4,
+                   cond_tokens=0, head_width=64, head_depth=4),
+    "cifar": dict(),
+    "imagenet64": dict(image_size=64, num_classes=1000, width=768, depth=8, heads=12, head_width=768, head_depth=8),
+    "far_b": dict(LATENTS, width=768, depth=24, heads=12, head_width=1024, head_depth=3),
+    "far_l": dict(LATENTS, width=1024, depth=32, heads=16, head_width=1024, head_depth=4),
+    "far_h": dict(LATENTS, width=1280, depth=40, heads=16, head_width=1024, head_depth=6),
+}
+CHOICES = dict(attention=("causal", "markov"), prediction=("v", "eps"), schedule=("linear", "cosine"), target=("full", "next", "residual"),
+               mask=("none", "text", "reference"), solver=("ddpm", "ddim", "dpmpp_2m"))
+
+
+def check(ok, message):
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclass
+class FARConfig:
+    """All settings of a model; the defaults are the `cifar` preset. Raises ValueError on impossible settings."""
+    image_size: int = 32                # H
+    channels: int = 3                   # C
+    patch_size: int = 4                 # p
+    num_classes: int = 10               # 0: no class labels
+    levels: tuple = (0.125, 0.25, 0.5, 1.0)  # keep_1 < .. < keep_F = 1
+    ordering: str = "fourier"           # a name in ORDERINGS
+    width: int = 256                    # transformer
+    depth: int = 4
+    heads: int = 8                      # attention heads of the transformer and of a mixing head
+    dropout: float = 0.0
+    cond_tokens: int = 0                # K tokens of condition in front of all levels
+    cond_dim: int = 0                   # > 0: labels are embeddings [B, K, cond_dim], e.g. of a text
+    attention: str = "markov"           # causal: a level sees itself and all earlier ones; markov: itself alone
+    levels_per_image: int = 1           # markov: random levels trained per image and step; 0 = all
+    head_width: int = 256               # diffusion head
+    head_depth: int = 6
+    head_mixing: bool = True            # tokens of a level attend to each other in the head
+    head_draws: int = 1                 # noise draws per token and transformer pass in training
+    prediction: str = "v"               # v: velocity, eps: noise
+    schedule: str = "linear"            # linear or cosine path from data to noise
+    target: str = "full"                # what the head learns: full p(x|x_i), next p(x_{i+1}|x_i), residual p(x_{i+1}-x_i|x_i)
+    mask: str = "none"                  # input masks, see mask_bounds
+    loss_weighting: bool = False        # w_i of loss_weights
+    label_dropout: float = 0.1          # share of labels dropped, for guidance
+    solver: str = "dpmpp_2m"            # defaults of FAR.sample
+    head_steps: object = 16             # int, one int a level, or "paper"
+
+    def __post_init__(self):
+        self.levels = tuple(self.levels)
+        for name, allowed in CHOICES.items():
+            check(getattr(self, name) in allowed, f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        check(self.ordering in ORDERINGS, f"ordering is {self.ordering!r}; allowed: {', '.join(ORDERINGS)}")
+        for name in "image_size channels patch_size width depth heads head_width head_depth head_draws".split():
+            check(isinstance(getattr(self, name), int) and getattr(self, name) >= 1, f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
+        for name in "num_classes cond_tokens cond_dim levels_per_image".split():
+            check(isinstance(getattr(self, name), int) and getattr(self, name) >= 0, f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 0")
+        for name in "dropout label_dropout".split():
+            check(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        check(self.image_size % self.patch_size == 0, f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
+        check(self.width % self.heads == 0, f"width {self.width} is not divisible by heads {self.heads}")
+        check(self.head_width % self.heads == 0 or not self.head_mixing, f"head_width {self.head_width} is not divisible by heads {self.heads}")
+        check(len(self.levels) > 0 and all(a < b for a, b in zip((0, *self.levels), self.levels)) and self.levels[-1] == 1,
+              f"levels are {self.levels}; they must increase from above 0 to exactly 1")
+        check(self.levels_per_image <= len(self.levels), f"levels_per_image is {self.levels_per_image}, more than the {len(self.levels)} levels")
+        check(self.attention == "markov" or self.levels_per_image == 0, "levels_per_image needs attention='markov': causal attention trains all levels (0)")
+        check(self.cond_dim == 0 or self.cond_tokens > 0, "cond_dim needs cond_tokens, the number of embeddings a sample")
+        head_step_list(self.head_steps, len(self.levels))
+
+    @property
+    def num_tokens(self):
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def token_dim(self):
+        return self.channels * self.patch_size ** 2
+
+    @classmethod
+    def preset(cls, name, paper=False, **overrides):
+        """A named configuration: digits, cifar, imagenet64, far_b, far_l, far_h. `paper` takes the paper's choices (PAPER), overrides win."""
+        check(name in PRESETS, f"preset is {name!r}; allowed: {', '.join(PRESETS)}")
+        return cls.from_dict({**PRESETS[name], **(PAPER if paper else {}), **overrides})
+
+    def to_dict(self):
+        return {**asdict(self), "levels": list(self.levels)}
+
+    @classmethod
+    def from_dict(cls, d):
+        unknown = set(d) - {f.name for f in fields(cls)}
+        check(not unknown, f"unknown settings {sorted(unknown)}; allowed: {', '.join(f.name for f in fields(cls))}")
+        return cls(**d)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens, masks and schedules over levels
+
+
+def patchify(x, p):
+    """Image x [B, C, H, H] -> tokens [B, N, C p^2], row by row; each token is (channel, row, column). ValueError if p does not divide H."""
+    B, C, H, W = x.shape
+    check(H % p == 0 and W % p == 0, f"image sides {H} x {W} are not divisible by the patch side {p}")
+    return x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
+
+
+def unpatchify(tokens, p, channels):
+    """Tokens [B, N, C p^2] -> square image [B, C, H, H]: the inverse of `patchify`."""
+    B, N, _ = tokens.shape
+    G = math.isqrt(N)
+    return tokens.reshape(B, G, G, channels, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, channels, G * p, G * p)
+
+
+def block_causal_mask(num_levels, num_tokens, markov=False):
+    """Who may attend to whom, bool [F N, F N], True = query (row) may attend to key (column): level(q) >= level(k), or == for `markov`."""
+    level = torch.arange(num_levels).repeat_interleave(num_tokens)
+    return level[:, None] == level if markov else level[:, None] >= level
+
+
+def loss_weights(F):
+    """Frequency-aware loss weights [F]: entry i-1 is w_i = 1 + sin(pi/2 i/F), more for high frequencies."""
+    return 1 + torch.sin(math.pi / 2 * torch.arange(1, F + 1) / F)
+
+
+def mask_bounds(F, direction):
+    """Lower bounds [F] of the masked share at level i = 0 .. F-1: 0.7 (1 - i/F) for "text" (low levels are masked more, as the
+    paper's text says), 0.7 i/F for "reference" (what its code does)."""
+    check(direction in ("text", "reference"), f"direction is {direction!r}; allowed: text, reference")
+    i = torch.arange(F) / F
+    return 0.7 * (1 - i if direction == "text" else i)
+
+
+def masked_share(lower):
+    """Draws masked shares from a Gaussian of mean 1 and deviation 0.25 cut off to [lower, 1]; any shape, by the inverse distribution function."""
+    low = torch.special.ndtr((lower - 1) / 0.25)
+    return (1 + 0.25 * torch.special.ndtri(low + (0.5 - low) * torch.rand_like(lower))).clamp(min=0).maximum(lower).clamp(max=1)
+
+
+def head_step_schedule(F, low=40, high=100):
+    """Frequency-aware head steps: list of F whole numbers rising linearly from low to high (mean 70); F = 1 gives [high]."""
+    return [round(low + (high - low) * i / (F - 1)) for i in range(F)] if F > 1 else [high]
+
+
+def head_step_list(steps, F):
+    """Head steps of each level from an int, a sequence of F ints or "paper"; ValueError otherwise."""
+    steps = head_step_schedule(F) if steps == "paper" else [steps] * F if isinstance(steps, int) else list(steps)
+    check(len(steps) == F and all(isinstance(s, int) and s >= 1 for s in steps), f"head_steps is {steps}; it must be 'paper', or whole numbers of at least 1: one, or one for each of {F} levels")
+    return steps
+
+
+def per_level(value, F, name):
+    """A number, or a sequence of F numbers, as a list of F floats; ValueError otherwise."""
+    values = [float(value)] * F if isinstance(value, (int, float)) else [float(v) for v in value]
+    check(len(values) == F and min(values) >= 0, f"{name} is {value}; it must be one number of at least 0, or one for each of {F} levels")
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformer: z_i from x_0 .. x_i
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [S, T, W] -> [S, T, W]; `mask` [T, T] as in block_causal_mask, `cache` holds earlier keys and values."""
+
+    def __init__(self, width, heads, dropout=0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x, mask=None, cache=None):
+        S, T, W = x.shape
+        q, k, v = self.qkv(x).view(S, T, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # each [S, heads, T, W / heads]
+        if cache is not None:
+            if "k" in cache:
+                k, v = torch.cat([cache["k"], k], 2), torch.cat([cache["v"], v], 2)
+            cache["k"], cache["v"] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        return self.out(y.transpose(1, 2).reshape(S, T, W))
+
+
+def mlp(width, hidden, out):
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, [S, T, W] -> [S, T, W]."""
+
+    def __init__(self, width, heads, dropout):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads, dropout)
+        self.norm2, self.mlp, self.dropout = nn.LayerNorm(width), mlp(width, 4 * width, width), nn.Dropout(dropout)
+
+    def forward(self, x, mask=None, cache=None):
+        x = x + self.dropout(self.attention(self.norm1(x), mask, cache))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class Transformer(nn.Module):
+    """Visible tokens of the levels -> conditions z (paper, causal attention over frequency levels).
+
+    The sequence is [condition block of K tokens, level block, level block, ..]; every token also gets the class embedding.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.input = nn.Linear(c.token_dim, c.width)
+        self.position = nn.Parameter(0.02 * torch.randn(c.num_tokens, c.width))
+        self.level = nn.Embedding(len(c.levels), c.width)
+        self.label = nn.Linear(c.cond_dim, c.width) if c.cond_dim else nn.Embedding(c.num_classes + 1, c.width)  # last class: no label
+        self.cond_position = nn.Parameter(0.02 * torch.randn(c.cond_tokens, c.width))
+        if c.cond_dim:
+            self.no_label = nn.Parameter(0.02 * torch.randn(c.cond_tokens, c.width))
+        if c.mask != "none":
+            self.mask_token = nn.Parameter(0.02 * torch.randn(c.width))
+            self.register_buffer("mask_bounds", mask_bounds(len(c.levels), c.mask), persistent=False)
+        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.dropout) for _ in range(c.depth))
+        self.norm = nn.LayerNorm(c.width)
+
+    def condition(self, labels, dropped):
+        """labels int64 [B] or float [B, K, cond_dim], dropped bool [B] -> embeddings [B, K or 1, W] of the label or of "no label"."""
+        if self.c.cond_dim:
+            return torch.where(dropped[:, None, None], self.no_label, self.label(labels))
+        return self.label(torch.where(dropped, self.c.num_classes, labels))[:, None]
+
+    def embed(self, tokens, level, cond):
+        """tokens [B, k, N, D], level int64 [B, k], cond [B, K or 1, W] -> [B, k, N, W]."""
+        x = self.input(tokens)
+        if self.training and self.c.mask != "none":                             # mask mechanism
+            share = masked_share(self.mask_bounds[level])[..., None]            # [B, k, 1]
+            rank = torch.rand(x.shape[:3], device=x.device).argsort(-1)
+            x = torch.where((rank < share * self.c.num_tokens)[..., None], self.mask_token.to(x.dtype), x)
+        return x + self.position + self.level(level)[:, :, None] + cond.mean(1)[:, None, None]
+
+    def forward(self, tokens, level, cond):
+        """tokens [B, k, N, D] of levels [B, k] -> z [B, k, N, W], all in one pass. Causal attention wants k = F, levels 0 .. F-1."""
+        x = self.embed(tokens, level, cond)
+        B, k, N, W = x.shape
+        K, cond = self.c.cond_tokens, cond + self.cond_position if self.c.cond_tokens else cond[:, :0]
+        if self.c.attention == "markov":                                        # B k independent sequences
+            x, cond, mask = x.flatten(0, 1), cond.repeat_interleave(k, 0), None
+        else:
+            x, mask = x.flatten(1, 2), block_causal_mask(k, N).to(x.device)
+            mask = F.pad(F.pad(mask, (K, 0), value=True), (0, 0, K, 0), value=False)
+            mask[:K, :K] = True                                                 # the condition block sees itself
+        x = torch.cat([cond, x], 1)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x[:, K:]).view(B, k, N, W)
+
+    def step(self, tokens, i, cond, cache):
+        """One level when sampling: tokens [B, N, D] of x_i -> z_i [B, N, W]. `cache` is a list of a dict a block, all empty
+        before level 0; it gathers the keys and values of earlier levels (causal)."""
+        if self.c.attention == "markov":
+            return self(tokens[:, None], torch.full((len(tokens), 1), i, device=tokens.device), cond)[:, 0]
+        x = self.embed(tokens[:, None], torch.full((len(tokens), 1), i, device=tokens.device), cond)[:, 0]
+        blocks = [cond + self.cond_position, x] if i == 0 and self.c.cond_tokens else [x]
+        for x in blocks:
+            for block, kv in zip(self.blocks, cache):
+                x = block(x, cache=kv)
+        return self.norm(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diffusion: a Gaussian path x_t = alpha_t x + sigma_t eps, t in [0, 1], and its samplers
+
+
+class Path:
+    """Noise schedule and prediction type. linear: alpha = 1 - t, sigma = t (flow matching); cosine: Nichol & Dhariwal 2021, the limit of
+    many steps: alpha^2 = f(t)/f(0), f(t) = cos^2(pi/2 (t + 0.008)/1.008). prediction "eps": noise, "v": velocity dx_t/dt."""
+
+    def __init__(self, schedule, prediction):
+        self.schedule, self.prediction = schedule, prediction
+
+    def __call__(self, t):
+        """t -> (alpha, sigma, velocity's weight of x, velocity's weight of eps)."""
+        if self.schedule == "linear":
+            return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+        alpha = torch.cos(math.pi / 2 * (t + 0.008) / 1.008) / math.cos(math.pi / 2 * 0.008 / 1.008)
+        sigma = (1 - alpha ** 2).clamp(min=0).sqrt()
+        return alpha, sigma, -sigma, alpha                                      # dx_t/d(angle): v = alpha eps - sigma x
+
+    def draw_t(self, *shape, device=None):
+        """Training times: logit-normal for the linear path (Esser et al. 2024), uniform for cosine."""
+        return torch.randn(shape, device=device).sigmoid() if self.schedule == "linear" else torch.rand(shape, device=device)
+
+    def noise(self, x, eps, t):
+        """-> (x_t, what the network should predict); t broadcasts against x."""
+        alpha, sigma, dx, deps = self(t)
+        return alpha * x + sigma * eps, eps if self.prediction == "eps" else dx * x + deps * eps
+
+    def denoise(self, x_t, prediction, t):
+        """The data x that a prediction at x_t stands for."""
+        alpha, sigma, dx, deps = self(t)
+        if self.prediction == "eps":
+            return (x_t - sigma * prediction) / alpha
+        return (deps * x_t - sigma * prediction) / (alpha * deps - sigma * dx)
+
+    def sample(self, network, noise, steps, solver="dpmpp_2m", temperature=1.0, draw=torch.randn_like):
+        """Integrates from noise (t = 0.999) to data (t = 0) in `steps` evaluations of network(x_t, t) -> prediction.
+
+        One formula: x_s = alpha_s xhat + sqrt(sigma_s^2 - c^2) epshat + c draw(x). "ddpm": c^2 is the posterior's variance (ancestral);
+        "ddim": c = 0; "dpmpp_2m": c = 0 and xhat extrapolated from the last two steps (Lu et al. 2022), second order.
+        noise: standard normal, any shape; `temperature` scales it and every later draw."""
+        x, last = temperature * noise, None
+        times = torch.linspace(0.999, 0, steps + 1, device=x.device)
+        for t, s in zip(times[:-1], times[1:]):
+            (alpha, sigma, *_), (alpha_s, sigma_s, *_) = self(t), self(s)
+            data = xhat = self.denoise(x, network(x, t), t)
+            if solver == "dpmpp_2m" and s > 0:
+                snr = torch.log(alpha / sigma)                                  # half the log signal-to-noise ratio
+                if last is not None:
+                    data = xhat + (xhat - last[0]) * (torch.log(alpha_s / sigma_s) - snr) / (2 * (snr - last[1]))
+                last = xhat, snr
+            variance = (sigma_s / sigma) ** 2 * (sigma ** 2 - (alpha / alpha_s * sigma_s) ** 2) if solver == "ddpm" else 0 * sigma_s
+            x = alpha_s * data + (sigma_s ** 2 - variance).clamp(min=0).sqrt() * (x - alpha * data) / sigma
+            if solver == "ddpm" and s > 0:
+                x = x + temperature * variance.clamp(min=0).sqrt() * draw(x)
+        return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diffusion head: p(tokens | z)
+
+
+class HeadBlock(nn.Module):
+    """AdaLN-Zero residual block (Peebles & Xie 2023), h [S, N, w], c [S, N or 1, w] -> [S, N, w]; `mixing` adds attention over the N tokens."""
+
+    def __init__(self, width, heads, mixing):
+        super().__init__()
+        self.norm1, self.mlp = nn.LayerNorm(width, elementwise_affine=False), mlp(width, 4 * width, width)
+        if mixing:
+            self.norm2, self.attention = nn.LayerNorm(width, elementwise_affine=False), Attention(width, heads)
+        self.modulation = nn.Linear(width, 6 * width if mixing else 3 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, h, c):
+        shift, scale, gate, *mix = self.modulation(F.silu(c)).chunk(self.modulation.out_features // h.shape[-1], -1)
+        if mix:
+            h = h + mix[2] * self.attention(self.norm2(h) * (1 + mix[1]) + mix[0])
+        return h + gate * self.mlp(self.norm1(h) * (1 + scale) + shift)
+
+
+class DiffusionHead(nn.Module):
+    """The small network that denoises a level's tokens given z (diffusion loss, Li et al. 2024): an MLP per token with AdaLN-Zero on
+    z, t and level; with `head_mixing` the tokens of a level also attend to each other and share one t."""
+
+    def __init__(self, c):
+        super().__init__()
+        w, self.mixing, self.draws = c.head_width, c.head_mixing, c.head_draws
+        self.path = Path(c.schedule, c.prediction)
+        self.input, self.condition, self.level = nn.Linear(c.token_dim, w), nn.Linear(c.width, w), nn.Embedding(len(c.levels), w)
+        self.time = nn.Sequential(nn.Linear(64, w), nn.SiLU(), nn.Linear(w, w))
+        self.blocks = nn.ModuleList(HeadBlock(w, c.heads, c.head_mixing) for _ in range(c.head_depth))
+        self.norm, self.modulation, self.output = nn.LayerNorm(w, elementwise_affine=False), nn.Linear(w, 2 * w), nn.Linear(w, c.token_dim)
+        self.register_buffer("frequencies", 1000 * torch.exp(-math.log(10000) * torch.arange(32) / 32), persistent=False)
+        for layer in (self.modulation, self.output):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def project(self, z, level):
+        """z [S, N, W] and level int64 [S] -> condition (z [S, N, w], level [S, 1, w]): once per level, not once per step."""
+        return self.condition(z), self.level(level)[:, None]
+
+    def forward(self, x_t, t, cond):
+        """Noisy tokens x_t [S, N, D], times t (scalar, [S, 1] or [S, N]), cond from `project` -> prediction [S, N, D]."""
+        z, level = cond
+        angle = t[..., None] * self.frequencies
+        c = self.time(torch.cat([angle.cos(), angle.sin()], -1)) + level        # [S, 1 or N, w]
+        h = self.input(x_t) + z
+        if not self.mixing:                                                     # z of one token steers that token alone
+            c = c + z
+        for block in self.blocks:
+            h = block(h, c)
+        shift, scale = self.modulation(F.silu(c)).chunk(2, -1)
+        return self.output(self.norm(h) * (1 + scale) + shift)
+
+    def loss(self, target, z, level):
+        """target [S, N, D], z [S, N, W], level int64 [S] -> mean squared error of the prediction, [S], over `head_draws` draws of (t, eps)."""
+        cond = [a.repeat_interleave(self.draws, 0) for a in self.project(z, level)]
+        x = target.repeat_interleave(self.draws, 0)                             # [S draws, N, D]
+        t = self.path.draw_t(len(x), 1 if self.mixing else x.shape[1], device=x.device)
+        x_t, want = self.path.noise(x, torch.randn_like(x), t[..., None])
+        return (self(x_t, t, cond).float() - want).square().mean((1, 2)).view(-1, self.draws).mean(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FAR: the loss and the generation loop
+
+
+def couple_noise(noise, shared, side, rho):
+    """Coupled noise: sqrt(rho) shared[cell] + sqrt(1 - rho) noise, so that tokens of one cell correlate by rho and each keeps variance 1.
+
+    noise [B, N, D] and shared [B, side^2, D] are independent standard normal; the G x G token grid falls into side x side cells, side < G."""
+    G = math.isqrt(noise.shape[1])
+    cell = torch.arange(G, device=noise.device) * side // G
+    return math.sqrt(rho) * shared[:, (cell[:, None] * side + cell).flatten()] + math.sqrt(1 - rho) * noise
+
+
+class FAR(nn.Module):
+    """Frequency autoregressive model: `forward` is the training loss, `sample` draws images.
+
+    Images [B, C, H, H] are float32 of about [-1, 1] (or latents of unit variance) or uint8 [0, 255]; labels int64 [B] in
+    [0, num_classes), or float [B, K, cond_dim] when the config has a cond_dim. Wrong shapes, dtypes or labels raise ValueError."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer, self.head = Transformer(config), DiffusionHead(config)
+        self.register_buffer("residual_scale", torch.ones(len(config.levels)))   # deviation of x_{i+1} - x_i, target residual
+        for name, parameter in self.named_parameters():
+            if name.endswith(("label.weight", "level.weight")):
+                nn.init.normal_(parameter, std=0.02)
+
+    def project(self, x, i):
+        """x_i = P_i x: x [B, C, H, H] seen at level i = 0 .. F, in float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return ORDERINGS[self.config.ordering](x.float(), (0.0, *self.config.levels)[i])
+
+    def as_images(self, images):
+        c = self.config
+        want = (c.channels, c.image_size, c.image_size)
+        check(images.ndim == 4 and images.shape[1:] == want, f"images have shape {list(images.shape)}; this model takes [B, {c.channels}, {c.image_size}, {c.image_size}]")
+        check(images.dtype in (torch.float32, torch.uint8), f"images are {images.dtype}; allowed: float32 of about [-1, 1], uint8 [0, 255]")
+        return images / 127.5 - 1 if images.dtype == torch.uint8 else images
+
+    def check_labels(self, labels, B):
+        c = self.config
+        if c.cond_dim:
+            check(labels.shape == (B, c.cond_tokens, c.cond_dim) and labels.is_floating_point(), f"labels are {labels.dtype} {list(labels.shape)}; this model takes float [{B}, {c.cond_tokens}, {c.cond_dim}]")
+        else:
+            check(labels.shape == (B,) and labels.dtype == torch.int64, f"labels are {labels.dtype} {list(labels.shape)}; this model takes int64 [{B}]")
+            low, high = (labels.min().item(), labels.max().item()) if labels.device.type == "cpu" and B else (0, 0)  # no device sync in training
+            check(low >= 0 and (high < c.num_classes or not B), f"labels lie in {low} .. {high}; allowed: 0 .. {c.num_classes - 1}")
+        return labels
+
+    def losses(self, images, labels, level):
+        """Diffusion loss of each image at its levels, [B, k]: level int64 [B, k] with i for the step x_i -> x_{i+1}."""
+        c, x = self.config, self.as_images(images)
+        B, k = level.shape
+        labels = self.check_labels(labels, B)
+        visible = torch.stack([patchify(self.project(x, i), c.patch_size) for i in range(len(c.levels) + 1)], 1)  # [B, F + 1, N, D]
+        row = torch.arange(B, device=x.device)[:, None]
+        target = {"full": visible[:, -1:].expand(-1, k, -1, -1), "next": visible[row, level + 1],
+                  "residual": (visible[row, level + 1] - visible[row, level]) / self.residual_scale[level][..., None, None]}[c.target]
+        dropped = torch.rand(B, device=x.device) < (c.label_dropout if self.training else 0)
+        z = self.transformer(visible[row, level], level, self.transformer.condition(labels, dropped))   # [B, k, N, W]
+        return self.head.loss(target.flatten(0, 1), z.flatten(0, 1), level.flatten()).view(B, k)
+
+    def all_levels(self, B, device):
+        return torch.arange(len(self.config.levels), device=device).expand(B, -1)
+
+    def forward(self, images, labels):
+        """Training loss, a scalar: the mean over images and levels of w_i times the diffusion loss; w_i = 1 without loss_weighting."""
+        c, (B, device) = self.config, (len(images), images.device)
+        if c.levels_per_image:
+            level = torch.rand(B, len(c.levels), device=device).argsort(1)[:, :c.levels_per_image]
+        else:
+            level = self.all_levels(B, device)
+        losses = self.losses(images, labels, level)
+        return (losses * loss_weights(len(c.levels)).to(device)[level]).mean() if c.loss_weighting else losses.mean()
+
+    def level_losses(self, images, labels):
+        """Unweighted loss of each level, [F], the mean over images: entry i for the step x_i -> x_{i+1}."""
+        return self.losses(images, labels, self.all_levels(len(images), images.device)).mean(0)
+
+    @torch.no_grad()
+    def set_residual_scale(self, images):
+        """Measures the deviation of x_{i+1} - x_i on images, [F]: the unit in which target "residual" is learned."""
+        x = self.as_images(images)
+        self.residual_scale.copy_(torch.stack([(self.project(x, i + 1) - self.project(x, i)).square().mean().sqrt() for i in range(len(self.config.levels))]).clamp(min=1e-6))
+
+    @torch.inference_mode()
+    def sample(self, labels, *, guidance=1.0, guidance_schedule="linear", head_steps=None, solver=None, temperature=1.0,
+               step_rule="paper", coupling=0.0, generator=None, return_levels=False):
+        """Draws images level by level: z_i from the transformer, xhat from the head, x_{i+1} by the step rule.
+
+        labels: int64 [B] or float [B, K, cond_dim]; or an int n for n images without label.
+        guidance: g >= 0; the head's prediction is u + g_i (p - u), p with and u without label; g_i = 1 + (g - 1) i/F ("linear", i = 0 .. F-1) or g ("constant").
+        head_steps: int, one int a level, or "paper" (40 to 100); solver: ddpm, ddim or dpmpp_2m (see Path.sample); default: the config's.
+        temperature: factor on the head's noise, a number or one a level (the paper raises it from 0.8 to 1).
+        step_rule: "paper" x_{i+1} = P_{i+1} xhat, or "locked" x_{i+1} = x_i + P_{i+1} xhat - P_i xhat, which keeps what was known.
+        coupling: rho in [0, 1], a number or one a level: correlation of the starting noise inside cells of round(keep_{i+1} H)^2 a picture.
+        generator: a torch.Generator, or a list of B of them, one an image, for images that do not depend on the batch they are drawn in.
+        Returns [B, C, H, H] in about [-1, 1]; with return_levels [B, F, C, H, H], x_1 .. x_F. ValueError on impossible arguments."""
+        c, device, levels = self.config, self.residual_scale.device, len(self.config.levels)
+        solver = solver or c.solver
+        steps = head_step_list(c.head_steps if head_steps is None else head_steps, levels)
+        temperature, coupling = per_level(temperature, levels, "temperature"), per_level(coupling, levels, "coupling")
+        check(solver in CHOICES["solver"], f"solver is {solver!r}; allowed: {', '.join(CHOICES['solver'])}")
+        check(guidance_schedule in ("linear", "constant"), f"guidance_schedule is {guidance_schedule!r}; allowed: linear, constant")
+        check(guidance >= 0, f"guidance is {guidance}; it must be at least 0")
+        check(step_rule in ("paper", "locked"), f"step_rule is {step_rule!r}; allowed: paper, locked")
+        check(max(coupling) <= 1, f"coupling is {coupling}; it must lie in [0, 1]")
+        B = labels if isinstance(labels, int) else len(labels)
+        check(B >= 1, "no labels given: ask for at least one image")
+        check(not isinstance(generator, (list, tuple)) or len(generator) == B, f"a list of generators needs one for each of {B} images")
+
+        def draw(*shape):                                                       # standard normal [B, *shape]
+            if isinstance(generator, (list, tuple)):
+                return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generator]).to(device)
+            return torch.randn(B, *shape, generator=generator, device=generator.device if generator else device).to(device)
+
+        def label_condition(without):
+            return self.transformer.condition(cond_labels, torch.full((B,), without, device=device))
+
+        unlabelled = isinstance(labels, int)
+        if unlabelled:
+            cond_labels = torch.zeros(B, c.cond_tokens, c.cond_dim, device=device) if c.cond_dim else torch.zeros(B, dtype=torch.int64, device=device)
+        else:
+            cond_labels = self.check_labels(labels.cpu(), B).to(device)
+        guide = [1.0 if unlabelled else 1 + (guidance - 1) * i / levels if guidance_schedule == "linear" else guidance for i in range(levels)]
+        cond = label_condition(unlabelled)
+        if any(g != 1 for g in guide):
+            both = torch.cat([cond, label_condition(True)])                     # labelled half, then unlabelled half
+        cache = [{} for _ in self.transformer.blocks]
+        keep_both = c.attention == "causal" and any(g != 1 for g in guide)      # the cache needs both halves from the start
+        x, outputs = torch.zeros(B, c.channels, c.image_size, c.image_size, device=device), []
+        for i in range(levels):
+            guided = guide[i] != 1
+            tokens = patchify(x, c.patch_size)
+            double = guided or keep_both
+            z = self.transformer.step(torch.cat([tokens, tokens]) if double else tokens, i, both if double else cond, cache)
+            z = z if guided else z[:B]
+            head_cond = self.head.project(z, torch.full((len(z),), i, device=device))
+
+            def network(x_t, t):
+                t = t.expand(len(z), 1)
+                if not guided:
+                    return self.head(x_t, t, head_cond)
+                labelled, unlabelled = self.head(torch.cat([x_t, x_t]), t, head_cond).chunk(2)
+                return unlabelled + guide[i] * (labelled - unlabelled)
+
+            noise = draw(c.num_tokens, c.token_dim)
+            side = max(1, round(c.levels[i] * c.image_size))
+            if coupling[i] and side < c.image_size // c.patch_size:
+                noise = couple_noise(noise, draw(side ** 2, c.token_dim), side, coupling[i])
+            drawn = self.head.path.sample(network, noise, steps[i], solver, temperature[i], lambda x: draw(*x.shape[1:]))
+            xhat = unpatchify(drawn.float(), c.patch_size, c.channels)
+            if c.target == "residual":
+                xhat = x + self.residual_scale[i] * xhat
+            next_x = self.project(xhat, i + 1)
+            x = x + next_x - self.project(xhat, i) if step_rule == "locked" else next_x
+            outputs.append(x)
+        return torch.stack(outputs, 1) if return_levels else x

@@ -1,0 +1,180 @@
+"""Draw images from a trained FAR model.
+
+    python sample.py --ckpt out/digits/ckpt.pt --labels 0-9 --n 100            # out/samples/samples.png
+    python sample.py --ckpt out/digits/ckpt.pt --n 1797 --npz samples.npz      # arr_0 uint8 [n, H, W, C], arr_1 int64 [n]
+"""
+import argparse
+import os
+import sys
+import zipfile
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from tqdm import tqdm
+
+from far import CHOICES, FAR, FARConfig, check
+
+
+def load_checkpoint(path, device="cpu"):
+    """Reads a checkpoint of train_cifar.py -> (FAR with the EMA weights, in eval mode, on device; dict of the rest).
+
+    Raises ValueError with one sentence if the file is missing, cut off, or no FAR checkpoint."""
+    check(os.path.isfile(path), f"{path} is not a file; train a model first: python train_cifar.py --data digits")
+    try:
+        rest = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is cut off or not written by train_cifar.py") from None
+    check(isinstance(rest, dict) and {"config", "ema"} <= set(rest), f"{path} holds no FAR model: config and ema are missing")
+    try:
+        model = FAR(FARConfig.from_dict(rest["config"]))
+        model.load_state_dict(rest.pop("ema"))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not fit this version of far.py: {str(error).splitlines()[0]}") from None
+    return model.to(device).eval(), rest
+
+
+def to_uint8(images):
+    """float images in about [-1, 1] -> uint8 [0, 255], same shape."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+def save_grid(images, path, columns):
+    """Writes images [n, C, H, H] in about [-1, 1] as one PNG, row by row, enlarged to at least 48 pixels each, with thin gaps."""
+    scale = max(1, -(-48 // images.shape[-1]))
+    images = F.interpolate(to_uint8(images[:, :3]).float() / 255, scale_factor=scale)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    torchvision.utils.save_image(torchvision.utils.make_grid(images, columns, padding=2, pad_value=0.5), path)
+
+
+def draw_images(model, labels, seed=0, batch=250, progress=True, **settings):
+    """Yields (first index, images, from FAR.sample(**settings)) a batch at a time. Image i depends on seed, i and its label alone: every
+    image has a noise generator of its own. labels: int64 [n], or an int n for images without label."""
+    n = labels if isinstance(labels, int) else len(labels)
+    with tqdm(total=n, unit="image", desc="sample", disable=not progress) as bar:
+        for start in range(0, n, batch):
+            stop = min(start + batch, n)
+            seeds = (np.random.SeedSequence([seed, i]).generate_state(1)[0] for i in range(start, stop))
+            generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+            part = stop - start if isinstance(labels, int) else labels[start:stop]
+            yield start, model.sample(part, generator=generators, **settings).cpu()
+            bar.update(stop - start)
+
+
+def parse_labels(text, n, num_classes):
+    """"0-9", "3", "1,5,7-9" or "none" and a number of images -> int64 [n], sorted evenly over the classes, or the int n for "none"."""
+    if text == "none" or num_classes == 0:
+        return n
+    try:
+        classes = [k for part in text.split(",") for k in range(int(part.split("-")[0]), int(part.split("-")[-1]) + 1)]
+    except ValueError:
+        raise ValueError(f"--labels {text} is not understood; write classes as 0-9 or 1,5,7, or none") from None
+    check(classes and max(classes) < num_classes, f"--labels {text} is out of range: the model knows the classes 0 to {num_classes - 1}")
+    return torch.tensor([classes[i * len(classes) // n] for i in range(n)])
+
+
+class NpzWriter:
+    """Writes arr_0 uint8 [n, H, W, C] and arr_1 int64 [n] batch by batch, through a file on disk, so that memory stays bounded."""
+
+    def __init__(self, path, n, size, channels, labels):
+        self.path, self.labels, self.part = path, labels, path + ".part.npy"
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        self.images = np.lib.format.open_memmap(self.part, "w+", np.uint8, (n, size, size, channels))
+
+    def add(self, start, images):
+        self.images[start:start + len(images)] = to_uint8(images).permute(0, 2, 3, 1).numpy()
+
+    def close(self):
+        self.images.flush()
+        with zipfile.ZipFile(self.path + ".part", "w") as archive:
+            archive.write(self.part, "arr_0.npy")
+            if not isinstance(self.labels, int):
+                with archive.open("arr_1.npy", "w") as f:
+                    np.lib.format.write_array(f, self.labels.numpy())
+        os.replace(self.path + ".part", self.path)
+        os.remove(self.part)
+
+
+def numbers(kind):
+    """argparse type: one number or a comma-separated list of them."""
+    def parse(text):
+        values = [kind(v) for v in text.split(",")]
+        return values if len(values) > 1 else values[0]
+    parse.__name__ = f"{kind.__name__} or list"
+    return parse
+
+
+def head_steps(text):
+    return text if text == "paper" else numbers(int)(text)
+
+
+def sampling_settings(args, num_levels):
+    """Arguments of FAR.sample from the flags; --paper: ancestral, 40 to 100 steps, temperature 0.8 to 1."""
+    settings = dict(guidance=args.guidance, guidance_schedule=args.guidance_schedule, head_steps=args.head_steps, solver=args.solver,
+                    temperature=args.temperature, step_rule=args.step_rule, coupling=args.coupling)
+    if args.paper:
+        settings.update(solver="ddpm", head_steps="paper", temperature=np.linspace(0.8, 1, num_levels).tolist())
+    return settings
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ckpt", default="out/digits/ckpt.pt", help="checkpoint (default: %(default)s)")
+    p.add_argument("--labels", help="classes, such as 0-9 or 1,5,7, or none (default: all)")
+    p.add_argument("--n", type=int, default=100, help="number of images (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="image i depends on seed, i and its label alone (default: %(default)s)")
+    p.add_argument("--batch", type=int, default=250, help="images drawn at a time (default: %(default)s)")
+    p.add_argument("--out", default="out/samples", help="folder of the pictures (default: %(default)s)")
+    p.add_argument("--levels", action="store_true", help="also write levels.png: a row an image, columns x_1 .. x_F")
+    p.add_argument("--npz", help="write all images to this file: arr_0 uint8 [n, H, W, C], arr_1 int64 [n]")
+    p.add_argument("--png", help="write every image as a PNG into this folder")
+    p.add_argument("--guidance", type=float, default=1.0, help="1: none; more: clearer and less diverse (default: %(default)s)")
+    p.add_argument("--guidance-schedule", choices=("linear", "constant"), default="linear", help="over levels (default: %(default)s)")
+    p.add_argument("--head-steps", type=head_steps, help="per level: a number, a list, or paper (default: the model's)")
+    p.add_argument("--solver", choices=CHOICES["solver"], help="default: the model's")
+    p.add_argument("--temperature", type=numbers(float), default=1.0, help="one, or a list (default: %(default)s)")
+    p.add_argument("--step-rule", choices=("paper", "locked"), default="paper", help="default: %(default)s")
+    p.add_argument("--coupling", type=numbers(float), default=0.0, help="coupled noise, one rho or a list (default: %(default)s)")
+    p.add_argument("--paper", action="store_true", help="the paper's sampling: ancestral, 40 to 100 steps, temperature 0.8 to 1")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = p.parse_args(argv)
+
+    check(args.n >= 1 and args.batch >= 1, "--n and --batch must be at least 1")
+    model, _ = load_checkpoint(args.ckpt, args.device)
+    c = model.config
+    labels = parse_labels(args.labels or f"0-{c.num_classes - 1}", args.n, c.num_classes)
+    settings = sampling_settings(args, len(c.levels))
+    npz = NpzWriter(args.npz, args.n, c.image_size, c.channels, labels) if args.npz else None
+    if args.png:
+        os.makedirs(args.png, exist_ok=True)
+    shown = np.unique(np.linspace(0, args.n - 1, min(args.n, 400)).round().astype(int))  # all, or 400 spread evenly over the classes
+    strip = np.unique(np.linspace(0, args.n - 1, min(args.n, 10)).round().astype(int)) if args.levels else []
+    grid, rows = [], []
+    for start, levels in draw_images(model, labels, args.seed, args.batch, return_levels=True, **settings):
+        images = levels[:, -1]
+        if npz:
+            npz.add(start, images)
+        for i, image in enumerate(images, start):
+            if args.png:
+                torchvision.utils.save_image(to_uint8(image).float() / 255, os.path.join(args.png, f"{i:06d}.png"))
+            if i in shown:
+                grid.append(image)
+            if i in strip:
+                rows.append(levels[i - start])
+    save_grid(torch.stack(grid), os.path.join(args.out, "samples.png"), min(len(grid), 10 if len(grid) <= 100 else 20))
+    written = [os.path.join(args.out, "samples.png")]
+    if args.levels:
+        save_grid(torch.cat(rows), os.path.join(args.out, "levels.png"), len(c.levels))
+        written.append(os.path.join(args.out, "levels.png"))
+    if npz:
+        npz.close()
+        written.append(args.npz)
+    print("wrote", *written, *([args.png] if args.png else []))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"sample.py: {error}")
