@@ -14,15 +14,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Orderings: x_i = P_i x, a chain of nested projections from nothing to the whole image
-
 
 def fourier(x, keep, disc=False):
     """Ideal low-pass filter of the paper: keeps frequencies |f_x|, |f_y| <= keep H/2 (whole cycles per image).
 
-    x [B, C, H, H] -> [B, C, H, H]; keep in [0, 1], 0 gives zeros and 1 gives x. With `disc` the region is |f| <= keep H/2.
-    """
+    x [B, C, H, H] -> [B, C, H, H]; keep in [0, 1], 0 gives zeros and 1 gives x. With `disc` the region is |f| <= keep H/2."""
     if keep <= 0 or keep >= 1:
         return x.clone() if keep >= 1 else torch.zeros_like(x)
     H = x.shape[-1]
@@ -34,23 +32,21 @@ def fourier(x, keep, disc=False):
 def dct(x, keep):
     """Low-pass in the orthonormal 2-D DCT-II: keeps the coefficients with both indices < keep H; no wrap-around at the borders.
 
-    x [B, C, H, H] -> [B, C, H, H]; keep in [0, 1], 0 gives zeros and 1 gives x.
-    """
+    x [B, C, H, H] -> [B, C, H, H]; keep in [0, 1], 0 gives zeros and 1 gives x."""
     if keep >= 1:
         return x.clone()
     H = x.shape[-1]
     k, n = torch.arange(H, device=x.device)[:, None], torch.arange(H, device=x.device)
-    basis = torch.cos(math.pi * k * (n + 0.5) / H) * (2 / H) ** 0.5             # row k is the k-th cosine
+    basis = torch.cos(math.pi / (2 * H) * (k * (2 * n + 1) % (4 * H)).to(x.dtype)) * (2 / H) ** 0.5   # row k is the k-th cosine
     basis[0] /= 2 ** 0.5
-    basis = basis[:math.ceil(keep * H - 1e-6)].to(x.dtype)
+    basis = basis[:math.ceil(keep * H - 1e-6)]
     return basis.T @ (basis @ x @ basis.T) @ basis
 
 
 def resize(x, keep):
     """Area down-sampling to k x k, k = max(1, round(keep H)), and bicubic up-sampling: what the published code runs.
 
-    x [B, C, H, H] -> [B, C, H, H]; keep in [0, 1], 0 gives zeros and 1 gives x. Nearly, but not exactly, a projection.
-    """
+    x [B, C, H, H] -> [B, C, H, H]; keep in [0, 1], 0 gives zeros and 1 gives x. Nearly, but not exactly, a projection."""
     if keep <= 0 or keep >= 1:
         return x.clone() if keep >= 1 else torch.zeros_like(x)
     k = max(1, round(keep * x.shape[-1]))
@@ -83,8 +79,7 @@ def check_ordering(fn, size, channels=3):
             broken[law] = (error, where)
     return [f"{law}: broken at {where}, largest error {error:.3g}" for law, (error, where) in broken.items()]
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Settings
 
 PAPER_LEVELS = tuple(side / 16 for side in (2, 3, 4, 5, 6, 7, 8, 9, 10, 16))  # 10 steps on the paper's 16 x 16 token grid
@@ -142,15 +137,12 @@ class FARConfig:
 
     def __post_init__(self):
         self.levels = tuple(self.levels)
-        for name, allowed in CHOICES.items():
+        for name, allowed in {**CHOICES, "ordering": ORDERINGS}.items():
             check(getattr(self, name) in allowed, f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
-        check(self.ordering in ORDERINGS, f"ordering is {self.ordering!r}; allowed: {', '.join(ORDERINGS)}")
-        for name in "image_size channels patch_size width depth heads head_width head_depth head_draws".split():
-            check(isinstance(getattr(self, name), int) and getattr(self, name) >= 1, f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
-        for name in "num_classes cond_tokens cond_dim levels_per_image".split():
-            check(isinstance(getattr(self, name), int) and getattr(self, name) >= 0, f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 0")
-        for name in "dropout label_dropout".split():
-            check(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        for f in fields(self):
+            value, least = getattr(self, f.name), 0 if f.name in ("num_classes", "cond_tokens", "cond_dim", "levels_per_image") else 1
+            check(f.type is not int or isinstance(value, int) and value >= least, f"{f.name} is {value!r}; it must be a whole number of at least {least}")
+            check(f.type is not float or 0 <= value <= 1, f"{f.name} is {value!r}; it must lie in [0, 1]")
         check(self.image_size % self.patch_size == 0, f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
         check(self.width % self.heads == 0, f"width {self.width} is not divisible by heads {self.heads}")
         check(self.head_width % self.heads == 0 or not self.head_mixing, f"head_width {self.head_width} is not divisible by heads {self.heads}")
@@ -159,7 +151,7 @@ class FARConfig:
         check(self.levels_per_image <= len(self.levels), f"levels_per_image is {self.levels_per_image}, more than the {len(self.levels)} levels")
         check(self.attention == "markov" or self.levels_per_image == 0, "levels_per_image needs attention='markov': causal attention trains all levels (0)")
         check(self.cond_dim == 0 or self.cond_tokens > 0, "cond_dim needs cond_tokens, the number of embeddings a sample")
-        head_step_list(self.head_steps, len(self.levels))
+        per_level(self.head_steps, len(self.levels), "head_steps", int, 1)
 
     @property
     def num_tokens(self):
@@ -184,10 +176,8 @@ class FARConfig:
         check(not unknown, f"unknown settings {sorted(unknown)}; allowed: {', '.join(f.name for f in fields(cls))}")
         return cls(**d)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Tokens, masks and schedules over levels
-
 
 def patchify(x, p):
     """Image x [B, C, H, H] -> tokens [B, N, C p^2], row by row; each token is (channel, row, column). ValueError if p does not divide H."""
@@ -198,9 +188,8 @@ def patchify(x, p):
 
 def unpatchify(tokens, p, channels):
     """Tokens [B, N, C p^2] -> square image [B, C, H, H]: the inverse of `patchify`."""
-    B, N, _ = tokens.shape
-    G = math.isqrt(N)
-    return tokens.reshape(B, G, G, channels, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, channels, G * p, G * p)
+    G = math.isqrt(tokens.shape[1])
+    return tokens.reshape(-1, G, G, channels, p, p).permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, G * p, G * p)
 
 
 def block_causal_mask(num_levels, num_tokens, markov=False):
@@ -223,9 +212,9 @@ def mask_bounds(F, direction):
 
 
 def masked_share(lower):
-    """Draws masked shares from a Gaussian of mean 1 and deviation 0.25 cut off to [lower, 1]; any shape, by the inverse distribution function."""
+    """Draws shares from a Gaussian of mean 1 and deviation 0.25 cut off to [lower, 1], shaped like lower, by inverting its distribution function."""
     low = torch.special.ndtr((lower - 1) / 0.25)
-    return (1 + 0.25 * torch.special.ndtri(low + (0.5 - low) * torch.rand_like(lower))).clamp(min=0).maximum(lower).clamp(max=1)
+    return (1 + 0.25 * torch.special.ndtri(low + (0.5 - low) * torch.rand_like(lower))).clamp(lower, torch.ones_like(lower))
 
 
 def head_step_schedule(F, low=40, high=100):
@@ -233,23 +222,17 @@ def head_step_schedule(F, low=40, high=100):
     return [round(low + (high - low) * i / (F - 1)) for i in range(F)] if F > 1 else [high]
 
 
-def head_step_list(steps, F):
-    """Head steps of each level from an int, a sequence of F ints or "paper"; ValueError otherwise."""
-    steps = head_step_schedule(F) if steps == "paper" else [steps] * F if isinstance(steps, int) else list(steps)
-    check(len(steps) == F and all(isinstance(s, int) and s >= 1 for s in steps), f"head_steps is {steps}; it must be 'paper', or whole numbers of at least 1: one, or one for each of {F} levels")
-    return steps
-
-
-def per_level(value, F, name):
-    """A number, or a sequence of F numbers, as a list of F floats; ValueError otherwise."""
-    values = [float(value)] * F if isinstance(value, (int, float)) else [float(v) for v in value]
-    check(len(values) == F and min(values) >= 0, f"{name} is {value}; it must be one number of at least 0, or one for each of {F} levels")
+def per_level(value, F, name, kind=(int, float), least=0):
+    """One number for all levels, or a sequence of one a level ("paper": head_step_schedule) -> list of F; ValueError otherwise."""
+    value = head_step_schedule(F) if value == "paper" and kind is int else value
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * F
+    check(len(values) == F and all(isinstance(v, kind) and v >= least for v in values),
+          f"{name} is {value!r}; it must be a number of at least {least}, or one for each of {F} levels" + (", whole, or 'paper'" if kind is int else ""))
     return values
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Transformer: z_i from x_0 .. x_i
-
 
 class Attention(nn.Module):
     """Multi-head self-attention, [S, T, W] -> [S, T, W]; `mask` [T, T] as in block_causal_mask, `cache` holds earlier keys and values."""
@@ -263,9 +246,8 @@ class Attention(nn.Module):
         S, T, W = x.shape
         q, k, v = self.qkv(x).view(S, T, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # each [S, heads, T, W / heads]
         if cache is not None:
-            if "k" in cache:
-                k, v = torch.cat([cache["k"], k], 2), torch.cat([cache["v"], v], 2)
-            cache["k"], cache["v"] = k, v
+            k, v = (torch.cat([cache[name], new], 2) if cache else new for name, new in (("k", k), ("v", v)))
+            cache.update(k=k, v=v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(S, T, W))
 
@@ -290,8 +272,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Visible tokens of the levels -> conditions z (paper, causal attention over frequency levels).
 
-    The sequence is [condition block of K tokens, level block, level block, ..]; every token also gets the class embedding.
-    """
+    The sequence is [condition block of K tokens, level block, level block, ..]; every token also gets the mean condition."""
 
     def __init__(self, c):
         super().__init__()
@@ -299,10 +280,9 @@ class Transformer(nn.Module):
         self.input = nn.Linear(c.token_dim, c.width)
         self.position = nn.Parameter(0.02 * torch.randn(c.num_tokens, c.width))
         self.level = nn.Embedding(len(c.levels), c.width)
-        self.label = nn.Linear(c.cond_dim, c.width) if c.cond_dim else nn.Embedding(c.num_classes + 1, c.width)  # last class: no label
+        self.label = nn.Linear(c.cond_dim, c.width) if c.cond_dim else nn.Embedding(max(c.num_classes, 1), c.width)
+        self.no_label = nn.Parameter(0.02 * torch.randn(c.cond_tokens if c.cond_dim else 1, c.width))
         self.cond_position = nn.Parameter(0.02 * torch.randn(c.cond_tokens, c.width))
-        if c.cond_dim:
-            self.no_label = nn.Parameter(0.02 * torch.randn(c.cond_tokens, c.width))
         if c.mask != "none":
             self.mask_token = nn.Parameter(0.02 * torch.randn(c.width))
             self.register_buffer("mask_bounds", mask_bounds(len(c.levels), c.mask), persistent=False)
@@ -310,10 +290,9 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(c.width)
 
     def condition(self, labels, dropped):
-        """labels int64 [B] or float [B, K, cond_dim], dropped bool [B] -> embeddings [B, K or 1, W] of the label or of "no label"."""
-        if self.c.cond_dim:
-            return torch.where(dropped[:, None, None], self.no_label, self.label(labels))
-        return self.label(torch.where(dropped, self.c.num_classes, labels))[:, None]
+        """labels int64 [B] or float [B, K, cond_dim], dropped bool [B] -> embeddings [B, 1 or K, W] of the label or of "no label"."""
+        label = self.label(labels) if self.c.cond_dim else self.label(labels)[:, None]
+        return torch.where(dropped[:, None, None], self.no_label, label)
 
     def embed(self, tokens, level, cond):
         """tokens [B, k, N, D], level int64 [B, k], cond [B, K or 1, W] -> [B, k, N, W]."""
@@ -324,38 +303,32 @@ class Transformer(nn.Module):
             x = torch.where((rank < share * self.c.num_tokens)[..., None], self.mask_token.to(x.dtype), x)
         return x + self.position + self.level(level)[:, :, None] + cond.mean(1)[:, None, None]
 
-    def forward(self, tokens, level, cond):
-        """tokens [B, k, N, D] of levels [B, k] -> z [B, k, N, W], all in one pass. Causal attention wants k = F, levels 0 .. F-1."""
-        x = self.embed(tokens, level, cond)
+    def forward(self, tokens, level, cond, cache=None):
+        """tokens [B, k, N, D] of levels int64 [B, k], cond from `condition` -> z [B, k, N, W].
+
+        Training: all levels in one pass (causal: k = F, in order). Sampling: one level a call (k = 1); causal attention then wants
+        `cache`, a list of one dict a block, empty before level 0, which gathers the keys and values of the earlier levels."""
+        x, mask, K = self.embed(tokens, level, cond), None, self.c.cond_tokens
         B, k, N, W = x.shape
-        K, cond = self.c.cond_tokens, cond + self.cond_position if self.c.cond_tokens else cond[:, :0]
+        cond = cond + self.cond_position if K else cond[:, :0]                  # [B, K, W]
         if self.c.attention == "markov":                                        # B k independent sequences
-            x, cond, mask = x.flatten(0, 1), cond.repeat_interleave(k, 0), None
+            x, cond, cache = x.flatten(0, 1), cond.repeat_interleave(k, 0), None
         else:
-            x, mask = x.flatten(1, 2), block_causal_mask(k, N).to(x.device)
-            mask = F.pad(F.pad(mask, (K, 0), value=True), (0, 0, K, 0), value=False)
-            mask[:K, :K] = True                                                 # the condition block sees itself
-        x = torch.cat([cond, x], 1)
-        for block in self.blocks:
-            x = block(x, mask)
-        return self.norm(x[:, K:]).view(B, k, N, W)
+            x = x.flatten(1, 2)
+            if cache is None:
+                mask = F.pad(block_causal_mask(k, N).to(x.device), (K, 0, K, 0), value=True)
+                mask[:K, K:] = False                                            # all see the condition block, which sees itself
+        if cache is None:
+            pieces, cache = [torch.cat([cond, x], 1)], [None] * len(self.blocks)
+        else:
+            pieces = [cond, x] if K and not cache[0] else [x]
+        for piece in pieces:
+            for block, earlier in zip(self.blocks, cache):
+                piece = block(piece, mask, earlier)
+        return self.norm(piece[:, -x.shape[1]:]).view(B, k, N, W)
 
-    def step(self, tokens, i, cond, cache):
-        """One level when sampling: tokens [B, N, D] of x_i -> z_i [B, N, W]. `cache` is a list of a dict a block, all empty
-        before level 0; it gathers the keys and values of earlier levels (causal)."""
-        if self.c.attention == "markov":
-            return self(tokens[:, None], torch.full((len(tokens), 1), i, device=tokens.device), cond)[:, 0]
-        x = self.embed(tokens[:, None], torch.full((len(tokens), 1), i, device=tokens.device), cond)[:, 0]
-        blocks = [cond + self.cond_position, x] if i == 0 and self.c.cond_tokens else [x]
-        for x in blocks:
-            for block, kv in zip(self.blocks, cache):
-                x = block(x, cache=kv)
-        return self.norm(x)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Diffusion: a Gaussian path x_t = alpha_t x + sigma_t eps, t in [0, 1], and its samplers
-
 
 class Path:
     """Noise schedule and prediction type. linear: alpha = 1 - t, sigma = t (flow matching); cosine: Nichol & Dhariwal 2021, the limit of
@@ -388,32 +361,36 @@ class Path:
             return (x_t - sigma * prediction) / alpha
         return (deps * x_t - sigma * prediction) / (alpha * deps - sigma * dx)
 
+    def step(self, x, xhat, t, s, ancestral):
+        """One step x_t -> x_s with the data prediction xhat: mean alpha_s xhat + sqrt(sigma_s^2 - c^2) epshat and deviation c, where
+        c^2 is the variance of x_s given x_t and x_0 for the ancestral (DDPM) step and 0 for the deterministic one (DDIM)."""
+        (alpha, sigma, *_), (alpha_s, sigma_s, *_) = self(t), self(s)
+        variance = (sigma_s / sigma) ** 2 * (sigma ** 2 - (alpha / alpha_s * sigma_s) ** 2).clamp(min=0) if ancestral else 0 * sigma_s
+        return alpha_s * xhat + (sigma_s ** 2 - variance).clamp(min=0).sqrt() * (x - alpha * xhat) / sigma, variance.sqrt()
+
     def sample(self, network, noise, steps, solver="dpmpp_2m", temperature=1.0, draw=torch.randn_like):
         """Integrates from noise (t = 0.999) to data (t = 0) in `steps` evaluations of network(x_t, t) -> prediction.
 
-        One formula: x_s = alpha_s xhat + sqrt(sigma_s^2 - c^2) epshat + c draw(x). "ddpm": c^2 is the posterior's variance (ancestral);
-        "ddim": c = 0; "dpmpp_2m": c = 0 and xhat extrapolated from the last two steps (Lu et al. 2022), second order.
-        noise: standard normal, any shape; `temperature` scales it and every later draw."""
+        ddpm and ddim: see `step`; dpmpp_2m: the ddim step with xhat extrapolated from the last two (Lu et al. 2022), second order.
+        noise: standard normal, any shape; draw(x): more of it, shaped like x; `temperature` scales both."""
         x, last = temperature * noise, None
         times = torch.linspace(0.999, 0, steps + 1, device=x.device)
         for t, s in zip(times[:-1], times[1:]):
-            (alpha, sigma, *_), (alpha_s, sigma_s, *_) = self(t), self(s)
-            data = xhat = self.denoise(x, network(x, t), t)
-            if solver == "dpmpp_2m" and s > 0:
-                snr = torch.log(alpha / sigma)                                  # half the log signal-to-noise ratio
-                if last is not None:
-                    data = xhat + (xhat - last[0]) * (torch.log(alpha_s / sigma_s) - snr) / (2 * (snr - last[1]))
+            xhat = data = self.denoise(x, network(x, t), t)
+            if solver == "dpmpp_2m":
+                alpha, sigma, *_ = self(t)
+                snr = torch.log(alpha / sigma)                                  # half the logarithm of the signal-to-noise ratio
+                if last is not None and s > 0:
+                    alpha, sigma, *_ = self(s)
+                    data = xhat + (xhat - last[0]) * (torch.log(alpha / sigma) - snr) / (2 * (snr - last[1]))
                 last = xhat, snr
-            variance = (sigma_s / sigma) ** 2 * (sigma ** 2 - (alpha / alpha_s * sigma_s) ** 2) if solver == "ddpm" else 0 * sigma_s
-            x = alpha_s * data + (sigma_s ** 2 - variance).clamp(min=0).sqrt() * (x - alpha * data) / sigma
-            if solver == "ddpm" and s > 0:
-                x = x + temperature * variance.clamp(min=0).sqrt() * draw(x)
+            x, deviation = self.step(x, data, t, s, solver == "ddpm")
+            if deviation > 0:
+                x = x + temperature * deviation * draw(x)
         return x
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Diffusion head: p(tokens | z)
-
 
 class HeadBlock(nn.Module):
     """AdaLN-Zero residual block (Peebles & Xie 2023), h [S, N, w], c [S, N or 1, w] -> [S, N, w]; `mixing` adds attention over the N tokens."""
@@ -428,7 +405,7 @@ class HeadBlock(nn.Module):
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, h, c):
-        shift, scale, gate, *mix = self.modulation(F.silu(c)).chunk(self.modulation.out_features // h.shape[-1], -1)
+        shift, scale, gate, *mix = self.modulation(F.silu(c)).split(h.shape[-1], -1)
         if mix:
             h = h + mix[2] * self.attention(self.norm2(h) * (1 + mix[1]) + mix[0])
         return h + gate * self.mlp(self.norm1(h) * (1 + scale) + shift)
@@ -476,10 +453,8 @@ class DiffusionHead(nn.Module):
         x_t, want = self.path.noise(x, torch.randn_like(x), t[..., None])
         return (self(x_t, t, cond).float() - want).square().mean((1, 2)).view(-1, self.draws).mean(1)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # FAR: the loss and the generation loop
-
 
 def couple_noise(noise, shared, side, rho):
     """Coupled noise: sqrt(rho) shared[cell] + sqrt(1 - rho) noise, so that tokens of one cell correlate by rho and each keeps variance 1.
@@ -511,57 +486,56 @@ class FAR(nn.Module):
             return ORDERINGS[self.config.ordering](x.float(), (0.0, *self.config.levels)[i])
 
     def as_images(self, images):
-        c = self.config
-        want = (c.channels, c.image_size, c.image_size)
-        check(images.ndim == 4 and images.shape[1:] == want, f"images have shape {list(images.shape)}; this model takes [B, {c.channels}, {c.image_size}, {c.image_size}]")
-        check(images.dtype in (torch.float32, torch.uint8), f"images are {images.dtype}; allowed: float32 of about [-1, 1], uint8 [0, 255]")
-        return images / 127.5 - 1 if images.dtype == torch.uint8 else images
+        c, shape, dtype = self.config, list(images.shape), images.dtype
+        check(shape[1:] == [c.channels, c.image_size, c.image_size], f"images have shape {shape}; allowed: [B, {c.channels}, {c.image_size}, {c.image_size}]")
+        check(dtype in (torch.float32, torch.uint8), f"images are {dtype}; allowed: float32 of about [-1, 1], uint8 [0, 255]")
+        return images / 127.5 - 1 if dtype == torch.uint8 else images
 
-    def check_labels(self, labels, B):
-        c = self.config
+    def condition(self, labels, B, dropout=0.0):
+        """Labels, or None for images without, as the transformer's condition [B, 1 or K, W]; a share `dropout` loses its label."""
+        if labels is None:
+            return self.transformer.no_label.expand(B, -1, -1)
+        c, device, got = self.config, self.residual_scale.device, f"labels are {labels.dtype} {list(labels.shape)}; allowed: "
         if c.cond_dim:
-            check(labels.shape == (B, c.cond_tokens, c.cond_dim) and labels.is_floating_point(), f"labels are {labels.dtype} {list(labels.shape)}; this model takes float [{B}, {c.cond_tokens}, {c.cond_dim}]")
+            check(labels.shape == (B, c.cond_tokens, c.cond_dim) and labels.is_floating_point(), got + f"float [{B}, {c.cond_tokens}, {c.cond_dim}]")
         else:
-            check(labels.shape == (B,) and labels.dtype == torch.int64, f"labels are {labels.dtype} {list(labels.shape)}; this model takes int64 [{B}]")
-            low, high = (labels.min().item(), labels.max().item()) if labels.device.type == "cpu" and B else (0, 0)  # no device sync in training
-            check(low >= 0 and (high < c.num_classes or not B), f"labels lie in {low} .. {high}; allowed: 0 .. {c.num_classes - 1}")
-        return labels
+            check(labels.shape == (B,) and labels.dtype == torch.int64, got + f"int64 [{B}]")
+            if labels.device.type == "cpu":                                     # on an accelerator the check would wait for it
+                check(((0 <= labels) & (labels < c.num_classes)).all(), f"labels lie in {labels.min()} .. {labels.max()}; allowed: 0 .. {c.num_classes - 1}")
+        return self.transformer.condition(labels.to(device), torch.rand(B, device=device) < dropout)
 
     def losses(self, images, labels, level):
         """Diffusion loss of each image at its levels, [B, k]: level int64 [B, k] with i for the step x_i -> x_{i+1}."""
         c, x = self.config, self.as_images(images)
         B, k = level.shape
-        labels = self.check_labels(labels, B)
+        cond = self.condition(labels, B, c.label_dropout if self.training else 0.0)
         visible = torch.stack([patchify(self.project(x, i), c.patch_size) for i in range(len(c.levels) + 1)], 1)  # [B, F + 1, N, D]
         row = torch.arange(B, device=x.device)[:, None]
         target = {"full": visible[:, -1:].expand(-1, k, -1, -1), "next": visible[row, level + 1],
                   "residual": (visible[row, level + 1] - visible[row, level]) / self.residual_scale[level][..., None, None]}[c.target]
-        dropped = torch.rand(B, device=x.device) < (c.label_dropout if self.training else 0)
-        z = self.transformer(visible[row, level], level, self.transformer.condition(labels, dropped))   # [B, k, N, W]
+        z = self.transformer(visible[row, level], level, cond)                  # [B, k, N, W]
         return self.head.loss(target.flatten(0, 1), z.flatten(0, 1), level.flatten()).view(B, k)
 
-    def all_levels(self, B, device):
-        return torch.arange(len(self.config.levels), device=device).expand(B, -1)
-
-    def forward(self, images, labels):
+    def forward(self, images, labels=None):
         """Training loss, a scalar: the mean over images and levels of w_i times the diffusion loss; w_i = 1 without loss_weighting."""
-        c, (B, device) = self.config, (len(images), images.device)
+        c = self.config
+        level = torch.arange(len(c.levels), device=images.device).expand(len(images), -1)               # [B, F]
         if c.levels_per_image:
-            level = torch.rand(B, len(c.levels), device=device).argsort(1)[:, :c.levels_per_image]
-        else:
-            level = self.all_levels(B, device)
+            level = torch.rand(level.shape, device=images.device).argsort(1)[:, :c.levels_per_image]    # [B, k]
         losses = self.losses(images, labels, level)
-        return (losses * loss_weights(len(c.levels)).to(device)[level]).mean() if c.loss_weighting else losses.mean()
+        return (losses * loss_weights(len(c.levels)).to(losses.device)[level]).mean() if c.loss_weighting else losses.mean()
 
-    def level_losses(self, images, labels):
+    def level_losses(self, images, labels=None):
         """Unweighted loss of each level, [F], the mean over images: entry i for the step x_i -> x_{i+1}."""
-        return self.losses(images, labels, self.all_levels(len(images), images.device)).mean(0)
+        level = torch.arange(len(self.config.levels), device=images.device)
+        return self.losses(images, labels, level.expand(len(images), -1)).mean(0)
 
     @torch.no_grad()
     def set_residual_scale(self, images):
         """Measures the deviation of x_{i+1} - x_i on images, [F]: the unit in which target "residual" is learned."""
         x = self.as_images(images)
-        self.residual_scale.copy_(torch.stack([(self.project(x, i + 1) - self.project(x, i)).square().mean().sqrt() for i in range(len(self.config.levels))]).clamp(min=1e-6))
+        for i in range(len(self.config.levels)):
+            self.residual_scale[i] = (self.project(x, i + 1) - self.project(x, i)).square().mean().sqrt().clamp(min=1e-6)
 
     @torch.inference_mode()
     def sample(self, labels, *, guidance=1.0, guidance_schedule="linear", head_steps=None, solver=None, temperature=1.0,
@@ -569,7 +543,8 @@ class FAR(nn.Module):
         """Draws images level by level: z_i from the transformer, xhat from the head, x_{i+1} by the step rule.
 
         labels: int64 [B] or float [B, K, cond_dim]; or an int n for n images without label.
-        guidance: g >= 0; the head's prediction is u + g_i (p - u), p with and u without label; g_i = 1 + (g - 1) i/F ("linear", i = 0 .. F-1) or g ("constant").
+        guidance: g >= 0; the head's prediction is u + g_i (p - u), p with and u without label; guidance_schedule "linear": g_i =
+        1 + (g - 1) i/F for i = 0 .. F-1, "constant": g_i = g.
         head_steps: int, one int a level, or "paper" (40 to 100); solver: ddpm, ddim or dpmpp_2m (see Path.sample); default: the config's.
         temperature: factor on the head's noise, a number or one a level (the paper raises it from 0.8 to 1).
         step_rule: "paper" x_{i+1} = P_{i+1} xhat, or "locked" x_{i+1} = x_i + P_{i+1} xhat - P_i xhat, which keeps what was known.
@@ -577,13 +552,13 @@ class FAR(nn.Module):
         generator: a torch.Generator, or a list of B of them, one an image, for images that do not depend on the batch they are drawn in.
         Returns [B, C, H, H] in about [-1, 1]; with return_levels [B, F, C, H, H], x_1 .. x_F. ValueError on impossible arguments."""
         c, device, levels = self.config, self.residual_scale.device, len(self.config.levels)
+        steps = per_level(c.head_steps if head_steps is None else head_steps, levels, "head_steps", int, 1)
         solver = solver or c.solver
-        steps = head_step_list(c.head_steps if head_steps is None else head_steps, levels)
         temperature, coupling = per_level(temperature, levels, "temperature"), per_level(coupling, levels, "coupling")
-        check(solver in CHOICES["solver"], f"solver is {solver!r}; allowed: {', '.join(CHOICES['solver'])}")
-        check(guidance_schedule in ("linear", "constant"), f"guidance_schedule is {guidance_schedule!r}; allowed: linear, constant")
+        for name, value, allowed in (("solver", solver, CHOICES["solver"]), ("guidance_schedule", guidance_schedule, ("linear", "constant")),
+                                     ("step_rule", step_rule, ("paper", "locked"))):
+            check(value in allowed, f"{name} is {value!r}; allowed: {', '.join(allowed)}")
         check(guidance >= 0, f"guidance is {guidance}; it must be at least 0")
-        check(step_rule in ("paper", "locked"), f"step_rule is {step_rule!r}; allowed: paper, locked")
         check(max(coupling) <= 1, f"coupling is {coupling}; it must lie in [0, 1]")
         B = labels if isinstance(labels, int) else len(labels)
         check(B >= 1, "no labels given: ask for at least one image")
@@ -594,45 +569,32 @@ class FAR(nn.Module):
                 return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generator]).to(device)
             return torch.randn(B, *shape, generator=generator, device=generator.device if generator else device).to(device)
 
-        def label_condition(without):
-            return self.transformer.condition(cond_labels, torch.full((B,), without, device=device))
-
-        unlabelled = isinstance(labels, int)
-        if unlabelled:
-            cond_labels = torch.zeros(B, c.cond_tokens, c.cond_dim, device=device) if c.cond_dim else torch.zeros(B, dtype=torch.int64, device=device)
-        else:
-            cond_labels = self.check_labels(labels.cpu(), B).to(device)
-        guide = [1.0 if unlabelled else 1 + (guidance - 1) * i / levels if guidance_schedule == "linear" else guidance for i in range(levels)]
-        cond = label_condition(unlabelled)
-        if any(g != 1 for g in guide):
-            both = torch.cat([cond, label_condition(True)])                     # labelled half, then unlabelled half
+        given = None if isinstance(labels, int) else labels.cpu()
+        guide = [1.0 if given is None else 1 + (guidance - 1) * i / levels if guidance_schedule == "linear" else guidance for i in range(levels)]
+        copies = 2 if any(g != 1 for g in guide) else 1                         # labelled half, then unlabelled half
+        cond = torch.cat([self.condition(given, B), self.condition(None, B)][:copies])
         cache = [{} for _ in self.transformer.blocks]
-        keep_both = c.attention == "causal" and any(g != 1 for g in guide)      # the cache needs both halves from the start
         x, outputs = torch.zeros(B, c.channels, c.image_size, c.image_size, device=device), []
         for i in range(levels):
-            guided = guide[i] != 1
-            tokens = patchify(x, c.patch_size)
-            double = guided or keep_both
-            z = self.transformer.step(torch.cat([tokens, tokens]) if double else tokens, i, both if double else cond, cache)
-            z = z if guided else z[:B]
-            head_cond = self.head.project(z, torch.full((len(z),), i, device=device))
+            level = torch.full((copies * B,), i, device=device)
+            z = self.transformer(patchify(x, c.patch_size).repeat(copies, 1, 1)[:, None], level[:, None], cond, cache)[:, 0]
+            guided = guide[i] != 1                                              # no second half in the head where guidance is 1
+            head_cond = self.head.project(z if guided else z[:B], level if guided else level[:B])
 
             def network(x_t, t):
-                t = t.expand(len(z), 1)
                 if not guided:
-                    return self.head(x_t, t, head_cond)
-                labelled, unlabelled = self.head(torch.cat([x_t, x_t]), t, head_cond).chunk(2)
-                return unlabelled + guide[i] * (labelled - unlabelled)
+                    return self.head(x_t, t.expand(B, 1), head_cond)
+                p, u = self.head(x_t.repeat(2, 1, 1), t.expand(2 * B, 1), head_cond).chunk(2)
+                return u + guide[i] * (p - u)
 
-            noise = draw(c.num_tokens, c.token_dim)
-            side = max(1, round(c.levels[i] * c.image_size))
+            noise, side = draw(c.num_tokens, c.token_dim), max(1, round(c.levels[i] * c.image_size))
             if coupling[i] and side < c.image_size // c.patch_size:
                 noise = couple_noise(noise, draw(side ** 2, c.token_dim), side, coupling[i])
-            drawn = self.head.path.sample(network, noise, steps[i], solver, temperature[i], lambda x: draw(*x.shape[1:]))
-            xhat = unpatchify(drawn.float(), c.patch_size, c.channels)
+            tokens = self.head.path.sample(network, noise, steps[i], solver, temperature[i], lambda x: draw(*x.shape[1:]))
+            xhat = unpatchify(tokens.float(), c.patch_size, c.channels)
             if c.target == "residual":
                 xhat = x + self.residual_scale[i] * xhat
-            next_x = self.project(xhat, i + 1)
-            x = x + next_x - self.project(xhat, i) if step_rule == "locked" else next_x
+            known = x - self.project(xhat, i) if step_rule == "locked" else 0
+            x = known + self.project(xhat, i + 1)
             outputs.append(x)
         return torch.stack(outputs, 1) if return_levels else x

@@ -129,7 +129,7 @@ def train(args, config, images, labels):
         state.pop("config")
     limit, start = 60 * args.max_minutes if args.max_minutes else float("inf"), time.perf_counter() - state["seconds"]
     steps = args.steps or float("inf")
-    images, labels = images.to(device), labels.to(device)
+    images, labels = images.to(device), labels.to(device) if config.num_classes else None
     averaged = [(e, p.detach()) for e, p in zip(ema.parameters(), model.parameters())]
     log = open(os.path.join(args.out, "log.csv"), "a" if args.resume else "w", newline="")
     writer = csv.writer(log)
@@ -142,13 +142,13 @@ def train(args, config, images, labels):
     try:
         while state["step"] < steps and state["seconds"] < limit:
             index = batch_at(state["step"], len(images), args.batch, args.seed, device)
-            x = images[index]
+            x, y = images[index], labels[index] if config.num_classes else None
             if args.flip:
                 x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1.0, (state["step"] + 1) / args.warmup)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                loss = model(x, labels[index])
+                loss = model(x, y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -163,7 +163,7 @@ def train(args, config, images, labels):
                 mean, rate = total.item() / args.log_every, (state["step"] - mark_step) * args.batch / (now - marked)
                 check(np.isfinite(mean), f"the loss is {mean} at step {state['step']}; {ckpt} holds the last good state: lower --lr and add --resume")
                 with torch.no_grad():
-                    by_level = model.level_losses(x, labels[index]).tolist()
+                    by_level = model.level_losses(x, y).tolist()
                 writer.writerow([state["step"], f"{state['seconds']:.1f}", f"{rate:.0f}", f"{mean:.5f}", *(f"{v:.5f}" for v in by_level)])
                 log.flush()
                 left = (steps - state["step"]) / rate * args.batch if args.steps else limit - state["seconds"]
@@ -283,7 +283,7 @@ def main(argv=None):
           f"--data {args.data} has images of {list(images.shape[1:])}, the model takes [{config.channels}, {config.image_size}, {config.image_size}]: choose another --preset or --image-size and --channels")
     if config.num_classes != len(classes) and "num_classes" not in args.overrides and not args.resume:
         config = FARConfig.from_dict({**config.to_dict(), "num_classes": len(classes)})
-    check(config.num_classes >= len(classes), f"{len(classes)} classes of images, but num_classes is {config.num_classes}")
+    check(config.num_classes == 0 or config.num_classes >= len(classes), f"{len(classes)} classes of images, but num_classes is {config.num_classes}")
     check(args.batch <= len(images), f"--batch {args.batch} is more than the {len(images)} images")
     os.makedirs(args.out, exist_ok=True)
     model = train(args, config, images, labels)

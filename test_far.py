@@ -1,0 +1,771 @@
+"""Laws and values of FAR, each against an independent formula, library or brute force. Run: pytest"""
+import ast
+import math
+import os
+import pickle
+
+import numpy as np
+import pytest
+import scipy.fft
+import scipy.integrate
+import scipy.stats
+import torch
+from PIL import Image
+
+import far
+import sample
+import train_cifar
+from far import (FAR, FARConfig, ORDERINGS, PAPER_LEVELS, DiffusionHead, Path, block_causal_mask, check_ordering, couple_noise,
+                 head_step_schedule, loss_weights, mask_bounds, masked_share, patchify, unpatchify)
+
+SCHEDULES, PREDICTIONS, SOLVERS = ("linear", "cosine"), ("v", "eps"), ("ddpm", "ddim", "dpmpp_2m")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny(seed=0, **settings):
+    """A small model whose weights are all random, so that nothing is hidden by zero initialisation."""
+    torch.manual_seed(seed)
+    settings = {**dict(width=16, depth=2, heads=2, head_width=16, head_depth=2, head_steps=3), **settings}
+    model = FAR(FARConfig.preset("digits", **settings)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+CAUSAL = dict(attention="causal", levels_per_image=0, cond_tokens=2)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Orderings
+
+
+@pytest.mark.parametrize("name", ["fourier", "dct"])
+@pytest.mark.parametrize("size", [7, 8, 16])
+def test_ordering_laws(name, size):
+    assert check_ordering(ORDERINGS[name], size) == []
+    assert check_ordering(lambda x, k: far.fourier(x, k, disc=True), size) == []
+
+
+@pytest.mark.parametrize("name", ORDERINGS)
+@pytest.mark.parametrize("size", [7, 8])
+def test_keep_0_and_1_are_exact(name, size):
+    x = torch.randn(2, 3, size, size)
+    assert torch.equal(ORDERINGS[name](x, 1.0), x) and not ORDERINGS[name](x, 0.0).any()
+
+
+@pytest.mark.parametrize("law, fn", [
+    ("zero at 0", lambda x, k: far.dct(x, max(k, 0.125))),
+    ("identity at 1", lambda x, k: far.dct(x, min(k, 0.875))),
+    ("linear", lambda x, k: far.dct(x, k).abs() if 0 < k < 1 else far.dct(x, k)),
+    ("idempotent", lambda x, k: k * x),
+    ("nested", lambda x, k: x if k == 1 else x * (torch.rand(8, 8, generator=seeded(int(1000 * k))) < k)),
+    ("shape", lambda x, k: x[..., 1:])])
+def test_check_ordering_names_the_broken_law(law, fn):
+    assert any(line.startswith(law) for line in check_ordering(fn, 8))
+
+
+@pytest.mark.parametrize("H", [5, 8])
+@pytest.mark.parametrize("keep", [0.2, 0.5, 0.75, 0.8])
+def test_fourier_is_the_explicit_dft_sum(H, keep):
+    """sum over |f_x|, |f_y| <= keep H/2 of the DFT coefficients, written out without an FFT."""
+    x = torch.randn(1, 1, H, H, dtype=torch.float64)
+    n, want = np.arange(H), np.zeros((H, H), complex)
+    frequencies = range(-(H // 2), (H - 1) // 2 + 1)
+    for fy in frequencies:
+        for fx in frequencies:
+            if max(abs(fy), abs(fx)) <= keep * H / 2:
+                wave = np.exp(2j * np.pi * (fy * n[:, None] + fx * n) / H)
+                want += (x[0, 0].numpy() * wave.conj()).sum() * wave / H ** 2
+    np.testing.assert_allclose(far.fourier(x, keep)[0, 0], want.real, atol=1e-10)
+
+
+def test_fourier_disc_keeps_a_disc():
+    H, n = 16, torch.arange(16)
+    for fy, fx in [(2, 3), (3, 3), (4, 0), (1, 4)]:  # radius sqrt(13), sqrt(18), 4, sqrt(17) against 4
+        wave = torch.cos(2 * math.pi * (fy * n[:, None] + fx * n) / H)[None, None]
+        assert torch.allclose(far.fourier(wave, 0.5, disc=True), wave if math.hypot(fy, fx) <= 4 else 0 * wave, atol=1e-5)
+
+
+@pytest.mark.parametrize("H", [5, 8, 100])
+@pytest.mark.parametrize("keep", [0.07, 0.25, 0.5, 0.58])
+def test_dct_against_scipy(H, keep):
+    x = torch.randn(2, 3, H, H, dtype=torch.float64)
+    coefficients = scipy.fft.dctn(x.numpy(), axes=(2, 3), norm="ortho")
+    kept = np.arange(H) < round(keep * H, 9)
+    want = scipy.fft.idctn(coefficients * kept[:, None] * kept, axes=(2, 3), norm="ortho")
+    np.testing.assert_allclose(far.dct(x, keep), want, atol=1e-5)
+
+
+def test_resize_is_area_down_and_bicubic_up():
+    x = torch.randn(1, 2, 8, 8)
+    means = x.view(1, 2, 2, 4, 2, 4).mean((3, 5))                               # areas of 4 x 4 at k = 2
+    image = torch.nn.functional.interpolate(means, size=(8, 8), mode="bicubic")
+    assert torch.allclose(ORDERINGS["resize"](x, 0.25), image, atol=1e-6)
+    assert torch.allclose(ORDERINGS["resize"](x, 0.01), x.mean((2, 3), keepdim=True).expand_as(x), atol=1e-6)  # k >= 1
+    broken = " ".join(check_ordering(ORDERINGS["resize"], 8))                   # only nearly a projection
+    assert "idempotent" in broken and "nested" in broken and "linear" not in broken and "at 0" not in broken and "at 1" not in broken
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens, masks, schedules over levels
+
+
+def test_patchify_by_brute_force():
+    x, p = torch.randn(2, 3, 6, 6), 2
+    tokens = patchify(x, p)
+    for row in range(3):
+        for column in range(3):
+            assert torch.equal(tokens[:, 3 * row + column], x[:, :, 2 * row:2 * row + 2, 2 * column:2 * column + 2].flatten(1))
+    assert torch.equal(unpatchify(tokens, p, 3), x)
+
+
+def test_block_causal_mask_by_brute_force():
+    for markov in (False, True):
+        mask = block_causal_mask(3, 4, markov)
+        assert mask.dtype == torch.bool and mask.shape == (12, 12)
+        for q in range(12):
+            for k in range(12):
+                assert mask[q, k] == (q // 4 == k // 4 if markov else q // 4 >= k // 4)
+
+
+def test_loss_weights_mask_bounds_and_head_steps():
+    np.testing.assert_allclose(loss_weights(3), [1.5, 1 + math.sqrt(3) / 2, 2], rtol=1e-6)
+    np.testing.assert_allclose(mask_bounds(4, "text"), [0.7, 0.525, 0.35, 0.175], rtol=1e-6)
+    np.testing.assert_allclose(mask_bounds(4, "reference"), [0, 0.175, 0.35, 0.525], rtol=1e-6)
+    assert head_step_schedule(4) == [40, 60, 80, 100] and sum(head_step_schedule(10)) == 700 and head_step_schedule(1) == [100]
+    assert head_step_schedule(3, 2, 4) == [2, 3, 4]
+
+
+@pytest.mark.parametrize("lower", [0.0, 0.35, 0.7])
+def test_masked_share_is_a_truncated_gaussian(lower):
+    torch.manual_seed(0)
+    share = masked_share(torch.full((20000,), lower)).numpy()
+    want = scipy.stats.truncnorm((lower - 1) / 0.25, 0, loc=1, scale=0.25)
+    assert lower <= share.min() and share.max() <= 1 and scipy.stats.kstest(share, want.cdf).pvalue > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformer
+
+
+@pytest.mark.parametrize("settings", [CAUSAL, dict(CAUSAL, cond_tokens=0), dict(attention="markov", levels_per_image=0, cond_tokens=2)])
+def test_a_level_never_sees_a_later_one(settings):
+    model = tiny(**settings)
+    tokens, level, cond = torch.randn(2, 3, 16, 4), torch.arange(3).expand(2, 3), model.transformer.condition(torch.tensor([3, 5]), torch.zeros(2, dtype=torch.bool))
+    before = model.transformer(tokens, level, cond)
+    for j in range(3):
+        changed = tokens.clone()
+        changed[:, j] += 1
+        difference = (model.transformer(changed, level, cond) - before).abs().amax((0, 2, 3))
+        assert not difference[:j].any() and difference[j] > 1e-3
+        assert (difference[j + 1:] > 1e-4).all() if settings["attention"] == "causal" else not difference[j + 1:].any()
+
+
+@pytest.mark.parametrize("settings", [CAUSAL, dict(CAUSAL, cond_tokens=0), dict(attention="markov", levels_per_image=0, cond_tokens=2), dict(CAUSAL, cond_dim=5)])
+def test_cached_sampling_equals_the_uncached_pass(settings):
+    model = tiny(**settings)
+    labels = torch.randn(2, 2, 5) if "cond_dim" in settings else torch.tensor([3, 5])
+    tokens, cond = torch.randn(2, 3, 16, 4), model.transformer.condition(labels, torch.tensor([False, True]))
+    z, cache = model.transformer(tokens, torch.arange(3).expand(2, 3), cond), [{}, {}]
+    for i in range(3):
+        assert torch.allclose(model.transformer(tokens[:, i:i + 1], torch.full((2, 1), i), cond, cache)[:, 0], z[:, i], atol=1e-5)
+
+
+def test_every_condition_token_position_and_level_matters():
+    model = tiny(**CAUSAL)
+    run = lambda: model.transformer(torch.zeros(1, 3, 16, 4), torch.arange(3)[None], model.transformer.condition(torch.tensor([3]), torch.tensor([False])))
+    before = run()
+    for parameter in (model.transformer.cond_position, model.transformer.position, model.transformer.level.weight):
+        for row in range(len(parameter)):
+            with torch.no_grad():
+                old, parameter[row] = parameter[row].clone(), torch.randn(16)
+                assert (run() - before).abs().max() > 1e-4
+                parameter[row] = old
+
+
+@pytest.mark.parametrize("name, millions", [("far_b", 172), ("far_l", 406), ("far_h", 791)])
+def test_preset_sizes(name, millions):
+    with torch.device("meta"):
+        model = FAR(FARConfig.preset(name))
+    assert sum(p.numel() for p in model.transformer.parameters()) == pytest.approx(millions * 1e6, rel=0.02)
+
+
+def test_paper_presets():
+    for name in far.PRESETS:
+        c = FARConfig.preset(name, paper=True)
+        assert (c.head_mixing, c.target, c.prediction, c.schedule, c.solver, c.head_steps) == (False, "full", "eps", "cosine", "ddpm", "paper")
+        assert c.levels == PAPER_LEVELS and len(c.levels) == 10 and c.attention == "causal" and c.ordering == "fourier"
+    assert FARConfig.from_dict(c.to_dict()) == c and FARConfig.preset("digits", paper=True, width=32).width == 32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diffusion path and samplers
+
+
+def gaussian_denoiser(path, mean, std):
+    """Exact prediction for data N(mean, std^2), from Bayes' rule."""
+    def network(x_t, t):
+        alpha, sigma, dx, deps = path(t)
+        x = mean + alpha * std ** 2 / (alpha ** 2 * std ** 2 + sigma ** 2) * (x_t - alpha * mean)
+        eps = (x_t - alpha * x) / sigma.clamp(min=1e-6)
+        return eps if path.prediction == "eps" else dx * x + deps * eps
+    return network
+
+
+def two_point_denoiser(path, a):
+    """Exact prediction for data that is -a or a, each with probability 1/2."""
+    def network(x_t, t):
+        alpha, sigma, dx, deps = path(t)
+        x = a * torch.tanh(alpha * a * x_t / sigma ** 2)
+        eps = (x_t - alpha * x) / sigma
+        return eps if path.prediction == "eps" else dx * x + deps * eps
+    return network
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedule_formulas(schedule):
+    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    alpha, sigma, dx, deps = Path(schedule, "v")(t)
+    if schedule == "linear":
+        np.testing.assert_allclose(alpha, 1 - t), np.testing.assert_allclose(sigma, t)
+    else:
+        f = lambda s: np.cos((s + 0.008) / 1.008 * np.pi / 2) ** 2
+        np.testing.assert_allclose(alpha ** 2, f(t.numpy()) / f(0)), np.testing.assert_allclose(alpha ** 2 + sigma ** 2, np.ones(50))
+    slope = lambda y: torch.gradient(y, spacing=(t,), edge_order=2)[0]           # the velocity points along the path
+    np.testing.assert_allclose((dx * slope(sigma))[1:-1], (deps * slope(alpha))[1:-1], rtol=0.05)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_denoise_inverts_noise(schedule, prediction):
+    path, x, eps, t = Path(schedule, prediction), torch.randn(5, 4), torch.randn(5, 4), torch.rand(5, 1) * 0.9 + 0.02
+    x_t, target = path.noise(x, eps, t)
+    assert torch.allclose(path.denoise(x_t, target, t), x, atol=1e-4)
+    want = {"eps": eps, "v": eps - x if schedule == "linear" else path(t)[0] * eps - path(t)[1] * x}[prediction]
+    assert torch.allclose(target, want)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_samplers_reproduce_known_distributions(schedule, prediction, solver):
+    path, g, n = Path(schedule, prediction), seeded(), 40000
+    draw = lambda x: torch.randn(x.shape, generator=g, dtype=x.dtype)
+    x = path.sample(gaussian_denoiser(path, 0.5, 0.3), torch.randn(n, 1, generator=g, dtype=torch.float64), 300, solver, draw=draw)
+    assert x.mean().item() == pytest.approx(0.5, abs=0.01) and x.std().item() == pytest.approx(0.3, rel=0.03)
+    x = path.sample(two_point_denoiser(path, 0.8), torch.randn(n, 1, generator=g, dtype=torch.float64), 300, solver, draw=draw)
+    assert x.mean().item() == pytest.approx(0, abs=0.02) and (x.abs() - 0.8).abs().quantile(0.99).item() < 0.05
+
+
+@pytest.mark.parametrize("schedule, steps", [("linear", 150), ("cosine", 30)])
+@pytest.mark.parametrize("solver, order", [("ddim", 1), ("dpmpp_2m", 2)])
+def test_order_of_convergence(schedule, steps, solver, order):
+    """Halving the step divides the error by 2^order against the exact flow of a Gaussian: quantiles keep their place."""
+    path, noise = Path(schedule, "v"), torch.linspace(-2, 2, 101, dtype=torch.float64)[:, None]
+    alpha, sigma, *_ = path(torch.tensor(0.999, dtype=torch.float64))
+    exact = 0.5 + 0.3 * (noise - alpha * 0.5) / (alpha ** 2 * 0.09 + sigma ** 2).sqrt()
+    error = [(path.sample(gaussian_denoiser(path, 0.5, 0.3), noise, n, solver) - exact).abs().mean().item() for n in (steps, 2 * steps)]
+    assert 1.7 < error[0] / error[1] < 2.3 if order == 1 else error[0] / error[1] > 3.2
+
+
+def test_temperature_scales_the_noise():
+    path, noise = Path("linear", "v"), torch.randn(20000, 1, generator=seeded(), dtype=torch.float64)
+    for solver in SOLVERS:
+        spread = [path.sample(gaussian_denoiser(path, 0.5, 0.3), noise, 100, solver, temperature=T).std().item() for T in (1.0, 0.5, 0.0)]
+        assert spread[1] == pytest.approx(0.5 * spread[0], rel=0.02) and spread[2] < 1e-6
+
+
+def test_cosine_schedule_and_ancestral_step_against_diffusers():
+    """1000-step squared-cosine DDPM of an independent library: signal levels, and mean and variance of one ancestral step."""
+    from diffusers import DDPMScheduler
+    theirs = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="epsilon", clip_sample=False, variance_type="fixed_small")
+    path = Path("cosine", "eps")
+    t = (torch.arange(1000, dtype=torch.float64) + 1) / 1000
+    np.testing.assert_allclose(path(t[:-1])[0] ** 2, theirs.alphas_cumprod[:-1], rtol=1e-3, atol=1e-7)
+    for n in (900, 500, 50):
+        x, eps, a, b = torch.randn(6, 1, dtype=torch.float64), torch.randn(6, 1, dtype=torch.float64), t[n], t[n - 1]
+        mean, deviation = path.step(x, path.denoise(x, eps, a), a, b, ancestral=True)
+        noise = torch.randn(6, 1, dtype=torch.float64, generator=seeded())      # the noise that theirs draws
+        np.testing.assert_allclose(mean + deviation * noise, theirs.step(eps, n, x, generator=seeded()).prev_sample, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(deviation ** 2, theirs._get_variance(n), rtol=2e-3)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("mixing", [False, True])
+def test_loss_of_an_exact_denoiser_is_its_minimum(schedule, prediction, mixing, monkeypatch):
+    """For data N(0, s^2): E Var(v | x_t) = E s^2 / (alpha^2 s^2 + sigma^2), or alpha^2 s^2 / (..) for eps, over the training times."""
+    torch.manual_seed(0)
+    s, config = 0.7, FARConfig.preset("digits", schedule=schedule, prediction=prediction, head_mixing=mixing, head_draws=4)
+    head = DiffusionHead(config)
+    monkeypatch.setattr(head, "forward", lambda x_t, t, cond: gaussian_denoiser(head.path, 0.0, s)(x_t, t[..., None]))
+    loss = head.loss(s * torch.randn(4000, 16, 4), torch.zeros(4000, 16, 64), torch.zeros(4000, dtype=torch.int64))
+    assert loss.shape == (4000,)
+
+    def floor(t):
+        alpha, sigma, *_ = (v.item() for v in head.path(torch.tensor(t, dtype=torch.float64)))
+        return (alpha ** 2 if prediction == "eps" else 1) * s ** 2 / (alpha ** 2 * s ** 2 + sigma ** 2)
+    expected = scipy.integrate.quad(lambda u: floor(1 / (1 + math.exp(-u))) * scipy.stats.norm.pdf(u), -8, 8)[0] if schedule == "linear" else scipy.integrate.quad(floor, 0, 1)[0]
+    assert loss.mean().item() == pytest.approx(expected, rel=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diffusion head
+
+
+@pytest.mark.parametrize("mixing", [True, False])
+def test_a_mixing_head_sees_its_own_level_and_no_other(mixing):
+    model = tiny(head_mixing=mixing)
+    x, z, t = torch.randn(3, 16, 4), torch.randn(3, 16, 16), torch.full((3, 1 if mixing else 16), 0.4)
+    run = lambda x, z: model.head(x, t, model.head.project(z, torch.tensor([0, 1, 2])))
+    for changed in ((x.index_add(0, torch.tensor([1]), torch.nn.functional.pad(torch.ones(1, 1, 4), (0, 0, 5, 10))), z),
+                    (x, z.index_add(0, torch.tensor([1]), torch.nn.functional.pad(torch.ones(1, 1, 16), (0, 0, 5, 10))))):
+        difference = (run(*changed) - run(x, z)).abs().amax(-1)                 # [3 sequences, 16 tokens]; token 5 of sequence 1 changed
+        assert not difference[[0, 2]].any() and difference[1, 5] > 1e-4
+        others = torch.cat([difference[1, :5], difference[1, 6:]])
+        assert (others > 1e-6).all() if mixing else not others.any()
+
+
+def test_head_depends_on_time_level_and_z():
+    model = tiny()
+    x, z, t, i = torch.randn(1, 16, 4), torch.randn(1, 16, 16), torch.tensor([[0.4]]), torch.tensor([1])
+    run = lambda z, t, i: model.head(x, t, model.head.project(z, i))
+    for other in (run(z + 1, t, i), run(z, t + 0.1, i), run(z, t, i + 1)):
+        assert (other - run(z, t, i)).abs().max() > 1e-4
+
+
+def test_fresh_head_is_adaln_zero():
+    head = FAR(FARConfig.preset("digits")).head
+    h, c = torch.randn(2, 16, 64), torch.randn(2, 1, 64)
+    assert torch.equal(head.blocks[0](h, c), h)                                 # every block starts as the identity
+    assert not head(torch.randn(2, 16, 4), torch.rand(2, 1), head.project(torch.randn(2, 16, 64), torch.tensor([0, 1]))).any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+@pytest.mark.parametrize("target", ["full", "next", "residual"])
+def test_inputs_and_targets_of_each_level(target, monkeypatch):
+    model, images = tiny(target=target, ordering="dct"), torch.randn(4, 1, 8, 8)
+    if target == "residual":
+        model.set_residual_scale(images)
+    seen = {}
+    monkeypatch.setattr(model.transformer, "forward", lambda tokens, level, cond, cache=None: seen.update(tokens=tokens) or torch.zeros(4, 3, 16, 16))
+    monkeypatch.setattr(model.head, "loss", lambda target, z, level: seen.update(target=target, level=level) or torch.zeros(12))
+    model.level_losses(images, torch.arange(4))
+    x = [far.dct(images, keep) for keep in (0, 0.25, 0.5, 1)]
+    for i in range(3):
+        assert torch.allclose(seen["tokens"][:, i], patchify(x[i], 2), atol=1e-6)
+        want = {"full": images, "next": x[i + 1], "residual": (x[i + 1] - x[i]) / (x[i + 1] - x[i]).square().mean().sqrt()}[target]
+        assert torch.allclose(seen["target"].view(4, 3, 16, 4)[:, i], patchify(want, 2), atol=1e-5)
+    assert seen["level"].tolist() == [0, 1, 2] * 4
+
+
+@pytest.mark.parametrize("weighting", [False, True])
+@pytest.mark.parametrize("levels_per_image", [0, 1, 2])
+def test_loss_is_the_weighted_mean_over_levels(weighting, levels_per_image, monkeypatch):
+    """Each level's loss is set to 10^i: the mean is known, and k random levels an image are distinct and cover all."""
+    model = tiny(loss_weighting=weighting, levels_per_image=levels_per_image)
+    seen = []
+    monkeypatch.setattr(model, "losses", lambda images, labels, level: seen.append(level) or 10.0 ** level)
+    loss = model(torch.zeros(3000, 1, 8, 8), torch.zeros(3000, dtype=torch.int64))
+    assert seen[0].shape == (3000, levels_per_image or 3) and all(len(set(row)) == len(row) for row in seen[0].tolist())
+    w = [1.5, 1 + math.sqrt(3) / 2, 2] if weighting else [1, 1, 1]
+    assert loss.item() == pytest.approx((w[0] + 10 * w[1] + 100 * w[2]) / 3, rel=1e-5 if not levels_per_image else 0.05)
+
+
+def test_level_losses_average_to_the_loss():
+    model = tiny(levels_per_image=0)
+    images, labels = torch.randn(2000, 1, 8, 8), torch.randint(10, (2000,))
+    torch.manual_seed(1)
+    loss = model(images, labels)
+    torch.manual_seed(1)
+    by_level = model.level_losses(images, labels)
+    assert by_level.shape == (3,) and loss.item() == pytest.approx(by_level.mean().item(), rel=1e-5)
+
+
+def test_label_dropping():
+    """With label_dropout 1 training never sees a label, with 0 always; evaluation never drops."""
+    images, losses = torch.randn(8, 1, 8, 8), {}
+    for dropout in (0.0, 1.0):
+        for training in (True, False):
+            model = tiny(label_dropout=dropout).train(training)
+            for label in (2, 7):
+                torch.manual_seed(1)
+                losses[dropout, training, label] = model(images, torch.full((8,), label)).item()
+    assert losses[1.0, True, 2] == losses[1.0, True, 7] and losses[0.0, True, 2] != losses[0.0, True, 7]
+    assert losses[1.0, False, 2] != losses[1.0, False, 7]
+
+
+def test_mask_replaces_the_drawn_share_of_tokens(monkeypatch):
+    model = tiny(mask="text").train()
+    monkeypatch.setattr(far, "masked_share", lambda lower: torch.full_like(lower, 0.75))
+    tokens, level = torch.randn(50, 3, 16, 4), torch.arange(3).expand(50, 3)
+    embed = lambda: model.transformer.embed(tokens, level, torch.zeros(50, 1, 16))
+    masked = embed()
+    model.transformer.eval()
+    clean = embed()
+    changed = (masked - clean).abs().amax(-1) > 1e-6
+    assert (changed.sum(-1) == 12).all() and 0.6 < changed.float().mean((0, 1)).min()   # 0.75 of 16 tokens, every place alike
+    position = model.transformer.mask_token + model.transformer.position + model.transformer.level.weight[:, None]
+    assert torch.allclose(masked[changed], position.expand(50, 3, 16, 16)[changed], atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def test_couple_noise():
+    """Variance 1 for every token, correlation rho inside a cell and 0 across cells; cells are a 2 x 2 partition of the 4 x 4 grid."""
+    noise, shared = torch.randn(50000, 16, 1, generator=seeded(1)), torch.randn(50000, 4, 1, generator=seeded(2))
+    covariance = torch.cov(couple_noise(noise, shared, 2, 0.3)[..., 0].T)
+    cell = [(n // 4 // 2, n % 4 // 2) for n in range(16)]
+    for a in range(16):
+        for b in range(16):
+            assert covariance[a, b].item() == pytest.approx(1 if a == b else 0.3 if cell[a] == cell[b] else 0, abs=0.03)
+
+
+@pytest.mark.parametrize("target", ["full", "next", "residual"])
+@pytest.mark.parametrize("ordering", ["fourier", "dct"])
+def test_step_rules(target, ordering):
+    model = tiny(target=target, ordering=ordering)
+    for rule in ("paper", "locked"):
+        levels = model.sample(torch.arange(6), step_rule=rule, return_levels=True, generator=seeded())
+        assert levels.shape == (6, 3, 1, 8, 8)
+        kept = [(model.project(levels[:, i + 1], i + 1) - levels[:, i]).abs().max().item() for i in range(2)]
+        assert max(kept) < 1e-4 if rule == "locked" or target == "residual" and max(kept) < 1e-4 else min(kept) > 1e-3 or target == "residual"
+        for i in range(3):
+            assert torch.allclose(model.project(levels[:, i], i + 1), levels[:, i], atol=1e-4)  # x_i lies in its subspace
+    assert torch.equal(model.sample(torch.arange(6), step_rule=rule, generator=seeded()), levels[:, -1])
+
+
+def test_guidance_extrapolates_from_unlabelled_to_labelled():
+    """One level, one head step, first order: the image is linear in the prediction, so x(g) = u + g (x(1) - u)."""
+    model = tiny(levels=(1.0,), head_steps=1, solver="ddim")
+    labels, draw = torch.full((5,), 3), lambda labels, **kw: model.sample(labels, generator=seeded(), **kw)
+    u, x, x3 = draw(5), draw(labels), draw(labels, guidance=3.0, guidance_schedule="constant")
+    assert (x - u).abs().max() > 0.01 and torch.allclose(x3, u + 3 * (x - u), atol=1e-4)
+    assert torch.equal(draw(labels, guidance=3.0), x)                            # linear starts from 1 at the first level
+    assert torch.allclose(draw(labels, guidance=0.0, guidance_schedule="constant"), u, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, CAUSAL])
+def test_guidance_schedule_and_no_guidance_batch_where_it_is_1(settings, monkeypatch):
+    """Per level 1 + (g - 1) i/F: against sampling by hand with doubled batches at every level."""
+    model, sizes = tiny(**settings), []
+    head = model.head.forward
+    monkeypatch.setattr(model.head, "forward", lambda x, t, c: sizes.append(len(x)) or head(x, t, c))
+    labels = torch.tensor([1, 2, 3])
+    got = model.sample(labels, guidance=4.0, head_steps=2, generator=seeded(), solver="ddim")
+    assert sizes == [3, 3, 6, 6, 6, 6]
+    sizes.clear(), model.sample(labels, head_steps=2)
+    assert sizes == [3] * 6
+    transformer, g, x, visible = model.transformer, seeded(), torch.zeros(3, 1, 8, 8), []
+    with torch.no_grad():
+        for i in range(3):
+            visible.append(patchify(x, 2))
+            z = []
+            for dropped in (False, True):
+                cond = transformer.condition(labels, torch.full((3,), dropped))
+                tokens, level = (torch.stack(visible, 1), torch.arange(i + 1)) if settings else (visible[-1][:, None], torch.tensor([i]))
+                z.append(transformer(tokens, level.expand(3, -1), cond)[:, -1])
+
+            def network(x_t, t):
+                p, u = (head(x_t, t.expand(3, 1), model.head.project(part, torch.full((3,), i))) for part in z)
+                return u + (1 + 3 * i / 3) * (p - u)
+            x = model.project(unpatchify(model.head.path.sample(network, torch.randn(3, 16, 4, generator=g), 2, "ddim"), 2, 1), i + 1)
+    assert torch.allclose(got, x, atol=1e-3)
+
+
+def test_sampling_is_reproducible_and_independent_of_the_batch():
+    model, labels = tiny(solver="ddpm"), torch.arange(7)
+    assert torch.equal(model.sample(labels, generator=seeded(3)), model.sample(labels, generator=seeded(3)))
+    assert not torch.equal(model.sample(labels, generator=seeded(3)), model.sample(labels, generator=seeded(4)))
+    parts = {batch: torch.cat([x for _, x in sample.draw_images(model, labels, 5, batch, False, coupling=0.2, guidance=2.0)]) for batch in (1, 3, 7)}
+    assert torch.allclose(parts[1], parts[7], atol=1e-4) and torch.allclose(parts[3], parts[7], atol=1e-4)
+    assert (parts[7][0] - parts[7][1]).abs().max() > 0.01
+    other = torch.cat([x for _, x in sample.draw_images(model, labels, 6, 7, False)])
+    assert (other - parts[7]).abs().max() > 0.01
+
+
+def test_head_steps_are_counted_per_level(monkeypatch):
+    model, calls = tiny(), []
+    head = model.head.forward
+    monkeypatch.setattr(model.head, "forward", lambda x, t, c: calls.append(1) or head(x, t, c))
+    for steps, count in ((2, 6), ([1, 2, 4], 7), ("paper", 210)):
+        calls.clear()
+        model.sample(2, head_steps=steps)
+        assert len(calls) == count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wrong settings and inputs: one sentence that says what was given and what is allowed
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(patch_size=3), "divisible"), (dict(width=30, heads=4), "divisible"), (dict(head_width=30, heads=4), "divisible"),
+    (dict(levels=(0.5, 0.25, 1)), "increase"), (dict(levels=(0.25, 0.5)), "exactly 1"), (dict(levels=()), "increase"), (dict(levels=(0.0, 1.0)), "increase"),
+    (dict(levels=(0.5, 1.0, 1.5)), "increase"), (dict(ordering="spiral"), "fourier"), (dict(target="half"), "residual"), (dict(attention="full"), "markov"),
+    (dict(prediction="x"), "eps"), (dict(schedule="square"), "cosine"), (dict(mask="some"), "reference"), (dict(solver="heun"), "dpmpp_2m"),
+    (dict(head_steps=0), "at least 1"), (dict(head_steps=[1, 2]), "each of 3 levels"), (dict(depth=0), "at least 1"), (dict(label_dropout=1.5), "[0, 1]"),
+    (dict(levels_per_image=4), "levels"), (dict(attention="causal", levels_per_image=1), "markov"), (dict(cond_dim=3, cond_tokens=0), "cond_tokens"),
+    (dict(colour=1), "unknown")])
+def test_wrong_settings(settings, words):
+    with pytest.raises(ValueError, match=words.replace("[", r"\[")):
+        FARConfig.preset("digits", **settings)
+
+
+def test_wrong_preset():
+    with pytest.raises(ValueError, match="far_b"):
+        FARConfig.preset("huge")
+
+
+@pytest.mark.parametrize("images, labels, words", [
+    (torch.zeros(2, 1, 9, 9), torch.zeros(2, dtype=torch.int64), "shape"), (torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64), "shape"),
+    (torch.zeros(1, 8, 8), torch.zeros(2, dtype=torch.int64), "shape"), (torch.zeros(2, 1, 8, 8, dtype=torch.float64), torch.zeros(2, dtype=torch.int64), "float32"),
+    (torch.zeros(2, 1, 8, 8, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), "uint8"), (torch.zeros(2, 1, 8, 8), torch.tensor([0, 10]), "0 .. 9"),
+    (torch.zeros(2, 1, 8, 8), torch.tensor([-1, 3]), "0 .. 9"), (torch.zeros(2, 1, 8, 8), torch.zeros(2), "int64"), (torch.zeros(2, 1, 8, 8), torch.zeros(3, dtype=torch.int64), "int64")])
+def test_wrong_inputs(images, labels, words):
+    for call in (tiny(), tiny().level_losses):
+        with pytest.raises(ValueError, match=words):
+            call(images, labels)
+
+
+@pytest.mark.parametrize("labels, settings, words", [
+    (torch.tensor([10]), {}, "0 .. 9"), (torch.tensor([0.5]), {}, "int64"), (0, {}, "at least one"), (2, dict(head_steps=0), "at least 1"), (2, dict(head_steps=[1]), "levels"),
+    (2, dict(solver="euler"), "ddim"), (2, dict(step_rule="free"), "locked"), (2, dict(guidance_schedule="cosine"), "constant"), (2, dict(guidance=-1.0), "at least 0"),
+    (2, dict(temperature=[1.0]), "levels"), (2, dict(temperature=-1.0), "at least 0"), (2, dict(coupling=1.5), r"\[0, 1\]"), (2, dict(generator=[seeded()]), "2 images")])
+def test_wrong_sampling_arguments(labels, settings, words):
+    with pytest.raises(ValueError, match=words):
+        tiny().sample(labels, **settings)
+
+
+def test_wrong_sides_for_patchify_and_direction():
+    with pytest.raises(ValueError, match="divisible"):
+        patchify(torch.zeros(1, 1, 8, 8), 3)
+    with pytest.raises(ValueError, match="reference"):
+        mask_bounds(4, "up")
+
+
+def test_uint8_and_float_images_agree():
+    model, x = tiny(), torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
+    torch.manual_seed(0)
+    a = model(x, torch.arange(4))
+    torch.manual_seed(0)
+    assert torch.equal(a, model(x.float() / 127.5 - 1, torch.arange(4)))
+
+
+def test_far_needs_torch_only():
+    tree = ast.parse(open(far.__file__).read())
+    names = {a.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    names |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert names <= {"math", "dataclasses", "torch"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and sampling from the command line
+
+
+SMALL = ["--width", "16", "--head-width", "16", "--head-depth", "1", "--depth", "1", "--heads", "2", "--head-steps", "2", "--log-every", "5"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The digits run of the README, shortened to 500 steps."""
+    out = str(tmp_path_factory.mktemp("digits"))
+    train_cifar.main(["--data", "digits", "--steps", "500", "--ema", "0.99", "--out", out])
+    return out
+
+
+def test_short_digits_run_learns(digits):
+    """Below a loss and above an accuracy that a broken step, label or schedule does not reach."""
+    log = np.genfromtxt(os.path.join(digits, "log.csv"), delimiter=",", names=True)
+    assert log["loss"][-1] < 0.42 and all(log[f"level_{i}"][-1] < log[f"level_{i}"][0] for i in (1, 2, 3))
+    model, _ = sample.load_checkpoint(os.path.join(digits, "ckpt.pt"))
+    images, truth, _ = train_cifar.load_digits()
+    labels = torch.arange(200) % 10
+    drawn = torch.cat([x for _, x in sample.draw_images(model, labels, progress=False)])
+    distance = torch.cdist(sample.to_uint8(drawn).flatten(1).float(), images.flatten(1).float())
+    nearest = truth[distance.topk(5, largest=False)[1]].mode(1)[0]              # read by five nearest neighbours
+    assert (nearest == labels).float().mean() > 0.85
+    spread = drawn.std(0).mean() / (images / 127.5 - 1).std(0).mean()
+    assert 0.8 < spread < 1.2
+    assert {"ckpt.pt", "log.csv", "samples.png", "levels.png"} == set(os.listdir(digits))
+    assert Image.open(os.path.join(digits, "samples.png")).size == (502, 502)   # 10 x 10 digits of 48 pixels, gaps of 2
+    assert Image.open(os.path.join(digits, "levels.png")).size == (3 * 50 + 2, 502)
+
+
+def test_digits_data_is_the_uci_set():
+    """The published facts of the set: 1,797 images, their class counts and the mean grey value 4.884 of 16."""
+    images, labels, _ = train_cifar.load_digits()
+    assert images.shape == (1797, 1, 8, 8) and images.dtype == torch.uint8
+    assert torch.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    grey = images.double() * 16 / 255
+    assert (grey - grey.round()).abs().max() < 0.04 and grey.round().mean().item() == pytest.approx(4.8842, abs=1e-3)
+
+
+@pytest.mark.parametrize("extra", [[], ["--paper"]])
+def test_resume_is_bit_exact(tmp_path, extra):
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    train_cifar.main([*SMALL, *extra, "--steps", "12", "--out", a, "--head-steps", "2"])
+    train_cifar.main([*SMALL, *extra, "--steps", "5", "--out", b, "--head-steps", "2"])
+    train_cifar.main(["--steps", "12", "--out", b, "--resume", "--log-every", "5", *extra])
+    first, second = (torch.load(os.path.join(d, "ckpt.pt"), weights_only=True) for d in (a, b))
+    assert first["step"] == second["step"] == 12
+    for part in ("model", "ema"):
+        assert all(torch.equal(first[part][k], second[part][k]) for k in first[part])
+    assert not all(torch.equal(first["model"][k], first["ema"][k]) for k in first["model"])
+    assert len(open(os.path.join(a, "log.csv")).readlines()) == len(open(os.path.join(b, "log.csv")).readlines()) == 3
+    assert not [name for name in os.listdir(a) if "part" in name]
+
+
+def test_ctrl_c_saves_first(tmp_path, monkeypatch):
+    forward, calls = FAR.forward, []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return forward(self, *args)
+    monkeypatch.setattr(FAR, "forward", interrupted)
+    with pytest.raises(SystemExit, match="saved"):
+        train_cifar.main([*SMALL, "--steps", "10", "--out", str(tmp_path)])
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 3
+
+
+def test_ema_is_the_running_average(tmp_path):
+    """Step k weighs the new weights by 9/(10 + k) while that is more than 1 - decay: against the average worked out from saved steps."""
+    weights, ema = [], None
+    for k in range(1, 4):
+        out = str(tmp_path / str(k))
+        train_cifar.main([*SMALL, "--steps", str(k), "--out", out])
+        state = torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)
+        weights.append(state["model"]["head.output.weight"])
+    start = torch.zeros_like(weights[0])                                        # this layer starts at zero
+    ema = start
+    for k, w in enumerate(weights, 1):
+        ema = ema + 9 / (10 + k) * (w - ema)
+    assert torch.allclose(state["ema"]["head.output.weight"], ema, atol=1e-7) and ema.abs().max() > 0
+
+
+def test_weight_decay_spares_biases_norms_and_embeddings():
+    model = tiny(**CAUSAL)
+    decayed, spared = (g["params"] for g in train_cifar.make_optimizer(model, 1e-3, 0.02).param_groups)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert len(decayed) + len(spared) == len(names)
+    assert all(names[id(p)].endswith("weight") and not any(w in names[id(p)] for w in ("level", "label", "norm", "position")) for p in decayed)
+    assert all(p.ndim == 1 or any(w in names[id(p)] for w in ("level", "label", "position")) for p in spared)
+
+
+def test_epochs_visit_every_image_once():
+    epochs = [torch.cat([train_cifar.batch_at(step, 20, 5, 1, "cpu") for step in range(4 * e, 4 * e + 4)]) for e in range(2)]
+    assert all(sorted(e.tolist()) == list(range(20)) for e in epochs) and not torch.equal(*epochs)
+
+
+def test_sample_writes_pictures_npz_and_pngs(digits, tmp_path):
+    ckpt = os.path.join(digits, "ckpt.pt")
+    arrays = []
+    for batch in ("7", "12"):
+        sample.main(["--ckpt", ckpt, "--labels", "1,4-5", "--n", "12", "--levels", "--batch", batch, "--npz", str(tmp_path / "s.npz"), "--png", str(tmp_path / "png"), "--out", str(tmp_path)])
+        arrays.append(np.load(tmp_path / "s.npz"))
+    x, y = arrays[1]["arr_0"], arrays[1]["arr_1"]
+    assert x.shape == (12, 8, 8, 1) and x.dtype == np.uint8 and y.dtype == np.int64 and y.tolist() == [1] * 4 + [4] * 4 + [5] * 4
+    assert np.abs(x.astype(int) - arrays[0]["arr_0"]).max() <= 1                # whatever the batch size
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "png" / "000003.png"))[..., 0], x[3, :, :, 0])
+    assert Image.open(tmp_path / "levels.png").size == (3 * 50 + 2, 10 * 50 + 2)
+    grid = np.asarray(Image.open(tmp_path / "samples.png"))[2:50, 52:100, 0]    # second image, each pixel enlarged 6 times
+    assert np.array_equal(grid[::6, ::6], x[1, :, :, 0]) and sorted(os.listdir(tmp_path)) == ["levels.png", "png", "s.npz", "samples.png"]
+
+
+def test_load_checkpoint_gives_ema_weights(digits):
+    model, rest = sample.load_checkpoint(os.path.join(digits, "ckpt.pt"))
+    state = torch.load(os.path.join(digits, "ckpt.pt"), weights_only=True)
+    assert all(torch.equal(v, state["ema"][k]) for k, v in model.state_dict().items()) and rest["step"] == 500 and not model.training
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+def test_bad_checkpoints(digits, tmp_path):
+    whole = open(os.path.join(digits, "ckpt.pt"), "rb").read()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
+    state = torch.load(os.path.join(digits, "ckpt.pt"), weights_only=True)
+    torch.save({**state, "config": {**state["config"], "width": 32}}, tmp_path / "other.pt")
+    for name, words in (("missing", "not a file"), ("cut", "cut off"), ("text", "cannot be read"), ("evil", "cannot be read"), ("foreign", "no FAR model"), ("other", "does not fit")):
+        with pytest.raises(ValueError, match=words):
+            sample.load_checkpoint(str(tmp_path / f"{name}.pt"))
+    assert not os.path.exists("evil")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--labels", "0-10"], "0 to 9"), (["--labels", "cat"], "not understood"), (["--labels", "5-3"], "out of range"), (["--n", "0"], "at least 1"), (["--head-steps", "0"], "at least 1")])
+def test_wrong_sample_flags(digits, flags, words):
+    with pytest.raises(ValueError, match=words):
+        sample.main(["--ckpt", os.path.join(digits, "ckpt.pt"), *flags])
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--steps", "0"], "above 0"), (["--batch", "5000"], "1797"), (["--num-classes", "5"], "10 classes"), (["--image-size", "16"], "images of"),
+    (["--device", "warp"], "warp"), (["--levels", "0.5,0.2"], "increase"), (["--data", "folder", "--path", "nowhere"], "nowhere"), (["--data", "folder"], "--path"),
+    (["--resume"], "not a file"), (["--ema", "1"], "lie in"), (["--patch-size", "3"], "divisible")])
+def test_wrong_training_flags(tmp_path, flags, words):
+    with pytest.raises(ValueError, match=words):
+        train_cifar.main(["--out", str(tmp_path / "run"), "--steps", "1", *flags] if "--steps" not in flags else ["--out", str(tmp_path / "run"), *flags])
+    assert not os.path.exists(tmp_path / "run")
+
+
+def test_a_run_is_not_overwritten(digits):
+    for flags, words in ((["--steps", "1"], "--overwrite"), (["--steps", "500", "--resume"], "finished"), (["--steps", "600", "--resume", "--width", "32"], "contradicts"),
+                         (["--steps", "600", "--resume", "--seed", "2"], "--seed 0")):
+        with pytest.raises(ValueError, match=words):
+            train_cifar.main(["--out", digits, *flags])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def test_folder_of_images(tmp_path):
+    """Wide, tall, grey and small images become centred squares of the asked size; classes in sorted order."""
+    for name, size, mode in (("b/wide.png", (40, 20), "RGB"), ("b/tall.jpg", (20, 40), "RGB"), ("a/grey.png", (16, 16), "L"), ("a/small.png", (8, 8), "RGB")):
+        os.makedirs(tmp_path / "train" / name[0], exist_ok=True)
+        image = Image.new(mode, size, 0)
+        image.paste(200 if mode == "L" else (200, 100, 50), (size[0] // 4, size[1] // 4, 3 * size[0] // 4, 3 * size[1] // 4))
+        image.save(tmp_path / "train" / name)
+    images, labels, classes = train_cifar.load_folder(str(tmp_path), 16, 3)
+    assert images.shape == (4, 3, 16, 16) and images.dtype == torch.uint8 and classes == ["a", "b"] and labels.tolist() == [0, 0, 1, 1]
+    assert images[0, :, 8, 8].tolist() == [200] * 3 and images[3, :, 8, 8].tolist() == [200, 100, 50]
+    assert images[3, 0, 8, 0] > 150 and images[3, 0, 0, 8] < 20                 # wide: the crop cuts the sides, not the height
+    (tmp_path / "train" / "a" / "broken.png").write_text("no image")
+    with pytest.raises(ValueError, match="broken.png"):
+        train_cifar.load_folder(str(tmp_path), 16, 3)
+
+
+def test_cifar10_through_torchvision(tmp_path, monkeypatch):
+    """Small files in the official layout; and one sentence when nothing can be downloaded."""
+    base = tmp_path / "cifar-10-batches-py"
+    base.mkdir()
+    for k, name in enumerate(["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5"]):
+        with open(base / name, "wb") as f:
+            pickle.dump({"data": np.full((2, 3072), 10 * k, np.uint8), "labels": [k, 9 - k]}, f)
+    with open(base / "batches.meta", "wb") as f:
+        pickle.dump({"label_names": [f"class {k}" for k in range(10)]}, f)
+    cifar = train_cifar.torchvision.datasets.CIFAR10
+    monkeypatch.setattr(cifar, "_check_integrity", lambda self: True)
+    monkeypatch.setitem(cifar.meta, "md5", None)
+    images, labels, classes = train_cifar.load_cifar10(str(tmp_path))
+    assert images.shape == (10, 3, 32, 32) and images[4].unique().item() == 20 and labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5] and len(classes) == 10
+
+    def offline(self):
+        raise OSError("no network")
+    monkeypatch.setattr(cifar, "download", offline)
+    with pytest.raises(ValueError, match="--data folder"):
+        train_cifar.load_cifar10(str(tmp_path))
