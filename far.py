@@ -88,8 +88,7 @@ PAPER = dict(levels=PAPER_LEVELS, ordering="fourier", attention="causal", levels
 LATENTS = dict(image_size=16, channels=16, patch_size=1, num_classes=1000, levels=PAPER_LEVELS, cond_tokens=64, attention="causal",
                levels_per_image=0, head_mixing=False, head_draws=4, dropout=0.1)
 PRESETS = {
-    "digits": dict(image_size=8, channels=1, patch_size=2, num_classes=10, levels=(0.25, 0.5, 1.0), width=64, depth=1, heads=4,
-                   cond_tokens=0, head_width=64, head_depth=4),
+    "digits": dict(image_size=8, channels=1, levels=(0.25, 0.5, 1.0), width=128, depth=1, heads=4, head_width=128, head_depth=4, head_steps=32),
     "cifar": dict(),
     "imagenet64": dict(image_size=64, num_classes=1000, width=768, depth=8, heads=12, head_width=768, head_depth=8),
     "far_b": dict(LATENTS, width=768, depth=24, heads=12, head_width=1024, head_depth=3),
@@ -420,6 +419,7 @@ class DiffusionHead(nn.Module):
         w, self.mixing, self.draws = c.head_width, c.head_mixing, c.head_draws
         self.path = Path(c.schedule, c.prediction)
         self.input, self.condition, self.level = nn.Linear(c.token_dim, w), nn.Linear(c.width, w), nn.Embedding(len(c.levels), w)
+        self.label = nn.Linear(c.width, w) if c.head_mixing else None
         self.time = nn.Sequential(nn.Linear(64, w), nn.SiLU(), nn.Linear(w, w))
         self.blocks = nn.ModuleList(HeadBlock(w, c.heads, c.head_mixing) for _ in range(c.head_depth))
         self.norm, self.modulation, self.output = nn.LayerNorm(w, elementwise_affine=False), nn.Linear(w, 2 * w), nn.Linear(w, c.token_dim)
@@ -428,30 +428,30 @@ class DiffusionHead(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def project(self, z, level):
-        """z [S, N, W] and level int64 [S] -> condition (z [S, N, w], level [S, 1, w]): once per level, not once per step."""
-        return self.condition(z), self.level(level)[:, None]
+    def project(self, z, level, cond):
+        """z [S, N, W], level int64 [S], label condition [S, 1 or K, W] -> (z [S, N, w], modulation [S, 1 or N, w]): once per level, not
+        once per step. The z of a token steers that token; with mixing, the mean z and the label steer all."""
+        z, level = self.condition(z), self.level(level)[:, None]
+        return z, level + (z.mean(1, keepdim=True) + self.label(cond.mean(1, keepdim=True)) if self.mixing else z)
 
-    def forward(self, x_t, t, cond):
-        """Noisy tokens x_t [S, N, D], times t (scalar, [S, 1] or [S, N]), cond from `project` -> prediction [S, N, D]."""
-        z, level = cond
+    def forward(self, x_t, t, projected):
+        """Noisy tokens x_t [S, N, D], times t [S, 1] or [S, N], `project`'s answer -> prediction [S, N, D]."""
+        z, c = projected
         angle = t[..., None] * self.frequencies
-        c = self.time(torch.cat([angle.cos(), angle.sin()], -1)) + level        # [S, 1 or N, w]
+        c = c + self.time(torch.cat([angle.cos(), angle.sin()], -1))            # [S, 1 or N, w]
         h = self.input(x_t) + z
-        if not self.mixing:                                                     # z of one token steers that token alone
-            c = c + z
         for block in self.blocks:
             h = block(h, c)
         shift, scale = self.modulation(F.silu(c)).chunk(2, -1)
         return self.output(self.norm(h) * (1 + scale) + shift)
 
-    def loss(self, target, z, level):
-        """target [S, N, D], z [S, N, W], level int64 [S] -> mean squared error of the prediction, [S], over `head_draws` draws of (t, eps)."""
-        cond = [a.repeat_interleave(self.draws, 0) for a in self.project(z, level)]
+    def loss(self, target, *conditions):
+        """target [S, N, D], conditions as in `project` -> mean squared error of the prediction, [S], over `head_draws` draws of (t, eps)."""
+        projected = [a.repeat_interleave(self.draws, 0) for a in self.project(*conditions)]
         x = target.repeat_interleave(self.draws, 0)                             # [S draws, N, D]
         t = self.path.draw_t(len(x), 1 if self.mixing else x.shape[1], device=x.device)
         x_t, want = self.path.noise(x, torch.randn_like(x), t[..., None])
-        return (self(x_t, t, cond).float() - want).square().mean((1, 2)).view(-1, self.draws).mean(1)
+        return (self(x_t, t, projected).float() - want).square().mean((1, 2)).view(-1, self.draws).mean(1)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # FAR: the loss and the generation loop
@@ -514,7 +514,7 @@ class FAR(nn.Module):
         target = {"full": visible[:, -1:].expand(-1, k, -1, -1), "next": visible[row, level + 1],
                   "residual": (visible[row, level + 1] - visible[row, level]) / self.residual_scale[level][..., None, None]}[c.target]
         z = self.transformer(visible[row, level], level, cond)                  # [B, k, N, W]
-        return self.head.loss(target.flatten(0, 1), z.flatten(0, 1), level.flatten()).view(B, k)
+        return self.head.loss(target.flatten(0, 1), z.flatten(0, 1), level.flatten(), cond.repeat_interleave(k, 0)).view(B, k)
 
     def forward(self, images, labels=None):
         """Training loss, a scalar: the mean over images and levels of w_i times the diffusion loss; w_i = 1 without loss_weighting."""
@@ -579,12 +579,13 @@ class FAR(nn.Module):
             level = torch.full((copies * B,), i, device=device)
             z = self.transformer(patchify(x, c.patch_size).repeat(copies, 1, 1)[:, None], level[:, None], cond, cache)[:, 0]
             guided = guide[i] != 1                                              # no second half in the head where guidance is 1
-            head_cond = self.head.project(z if guided else z[:B], level if guided else level[:B])
+            S = 2 * B if guided else B
+            projected = self.head.project(z[:S], level[:S], cond[:S])
 
             def network(x_t, t):
                 if not guided:
-                    return self.head(x_t, t.expand(B, 1), head_cond)
-                p, u = self.head(x_t.repeat(2, 1, 1), t.expand(2 * B, 1), head_cond).chunk(2)
+                    return self.head(x_t, t.expand(B, 1), projected)
+                p, u = self.head(x_t.repeat(2, 1, 1), t.expand(2 * B, 1), projected).chunk(2)
                 return u + guide[i] * (p - u)
 
             noise, side = draw(c.num_tokens, c.token_dim), max(1, round(c.levels[i] * c.image_size))

@@ -28,7 +28,7 @@ def seeded(seed=0):
 def tiny(seed=0, **settings):
     """A small model whose weights are all random, so that nothing is hidden by zero initialisation."""
     torch.manual_seed(seed)
-    settings = {**dict(width=16, depth=2, heads=2, head_width=16, head_depth=2, head_steps=3), **settings}
+    settings = {**dict(patch_size=2, width=16, depth=2, heads=2, head_width=16, head_depth=2, head_steps=3), **settings}
     model = FAR(FARConfig.preset("digits", **settings)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -301,7 +301,7 @@ def test_loss_of_an_exact_denoiser_is_its_minimum(schedule, prediction, mixing, 
     s, config = 0.7, FARConfig.preset("digits", schedule=schedule, prediction=prediction, head_mixing=mixing, head_draws=4)
     head = DiffusionHead(config)
     monkeypatch.setattr(head, "forward", lambda x_t, t, cond: gaussian_denoiser(head.path, 0.0, s)(x_t, t[..., None]))
-    loss = head.loss(s * torch.randn(4000, 16, 4), torch.zeros(4000, 16, 64), torch.zeros(4000, dtype=torch.int64))
+    loss = head.loss(s * torch.randn(4000, 4, 16), torch.zeros(4000, 4, 128), torch.zeros(4000, dtype=torch.int64), torch.zeros(4000, 1, 128))
     assert loss.shape == (4000,)
 
     def floor(t):
@@ -319,7 +319,7 @@ def test_loss_of_an_exact_denoiser_is_its_minimum(schedule, prediction, mixing, 
 def test_a_mixing_head_sees_its_own_level_and_no_other(mixing):
     model = tiny(head_mixing=mixing)
     x, z, t = torch.randn(3, 16, 4), torch.randn(3, 16, 16), torch.full((3, 1 if mixing else 16), 0.4)
-    run = lambda x, z: model.head(x, t, model.head.project(z, torch.tensor([0, 1, 2])))
+    run = lambda x, z: model.head(x, t, model.head.project(z, torch.tensor([0, 1, 2]), torch.ones(3, 1, 16)))
     for changed in ((x.index_add(0, torch.tensor([1]), torch.nn.functional.pad(torch.ones(1, 1, 4), (0, 0, 5, 10))), z),
                     (x, z.index_add(0, torch.tensor([1]), torch.nn.functional.pad(torch.ones(1, 1, 16), (0, 0, 5, 10))))):
         difference = (run(*changed) - run(x, z)).abs().amax(-1)                 # [3 sequences, 16 tokens]; token 5 of sequence 1 changed
@@ -328,19 +328,19 @@ def test_a_mixing_head_sees_its_own_level_and_no_other(mixing):
         assert (others > 1e-6).all() if mixing else not others.any()
 
 
-def test_head_depends_on_time_level_and_z():
+def test_head_depends_on_time_level_label_and_z():
     model = tiny()
     x, z, t, i = torch.randn(1, 16, 4), torch.randn(1, 16, 16), torch.tensor([[0.4]]), torch.tensor([1])
-    run = lambda z, t, i: model.head(x, t, model.head.project(z, i))
-    for other in (run(z + 1, t, i), run(z, t + 0.1, i), run(z, t, i + 1)):
+    run = lambda z, t, i, label=torch.ones(1, 1, 16): model.head(x, t, model.head.project(z, i, label))
+    for other in (run(z + 1, t, i), run(z, t + 0.1, i), run(z, t, i + 1), run(z, t, i, torch.randn(1, 2, 16))):
         assert (other - run(z, t, i)).abs().max() > 1e-4
 
 
 def test_fresh_head_is_adaln_zero():
     head = FAR(FARConfig.preset("digits")).head
-    h, c = torch.randn(2, 16, 64), torch.randn(2, 1, 64)
+    h, c = torch.randn(2, 4, 128), torch.randn(2, 1, 128)
     assert torch.equal(head.blocks[0](h, c), h)                                 # every block starts as the identity
-    assert not head(torch.randn(2, 16, 4), torch.rand(2, 1), head.project(torch.randn(2, 16, 64), torch.tensor([0, 1]))).any()
+    assert not head(torch.randn(2, 4, 16), torch.rand(2, 1), head.project(torch.randn(2, 4, 128), torch.tensor([0, 1]), torch.randn(2, 1, 128))).any()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ def test_inputs_and_targets_of_each_level(target, monkeypatch):
         model.set_residual_scale(images)
     seen = {}
     monkeypatch.setattr(model.transformer, "forward", lambda tokens, level, cond, cache=None: seen.update(tokens=tokens) or torch.zeros(4, 3, 16, 16))
-    monkeypatch.setattr(model.head, "loss", lambda target, z, level: seen.update(target=target, level=level) or torch.zeros(12))
+    monkeypatch.setattr(model.head, "loss", lambda target, z, level, cond: seen.update(target=target, level=level) or torch.zeros(12))
     model.level_losses(images, torch.arange(4))
     x = [far.dct(images, keep) for keep in (0, 0.25, 0.5, 1)]
     for i in range(3):
@@ -471,10 +471,10 @@ def test_guidance_schedule_and_no_guidance_batch_where_it_is_1(settings, monkeyp
             for dropped in (False, True):
                 cond = transformer.condition(labels, torch.full((3,), dropped))
                 tokens, level = (torch.stack(visible, 1), torch.arange(i + 1)) if settings else (visible[-1][:, None], torch.tensor([i]))
-                z.append(transformer(tokens, level.expand(3, -1), cond)[:, -1])
+                z.append((transformer(tokens, level.expand(3, -1), cond)[:, -1], cond))
 
             def network(x_t, t):
-                p, u = (head(x_t, t.expand(3, 1), model.head.project(part, torch.full((3,), i))) for part in z)
+                p, u = (head(x_t, t.expand(3, 1), model.head.project(part, torch.full((3,), i), cond)) for part, cond in z)
                 return u + (1 + 3 * i / 3) * (p - u)
             x = model.project(unpatchify(model.head.path.sample(network, torch.randn(3, 16, 4, generator=g), 2, "ddim"), 2, 1), i + 1)
     assert torch.allclose(got, x, atol=1e-3)
@@ -656,8 +656,8 @@ def test_weight_decay_spares_biases_norms_and_embeddings():
     decayed, spared = (g["params"] for g in train_cifar.make_optimizer(model, 1e-3, 0.02).param_groups)
     names = {id(p): n for n, p in model.named_parameters()}
     assert len(decayed) + len(spared) == len(names)
-    assert all(names[id(p)].endswith("weight") and not any(w in names[id(p)] for w in ("level", "label", "norm", "position")) for p in decayed)
-    assert all(p.ndim == 1 or any(w in names[id(p)] for w in ("level", "label", "position")) for p in spared)
+    assert all(names[id(p)].endswith("weight") and not any(w in names[id(p)] for w in ("level", "transformer.label", "no_label", "norm", "position")) for p in decayed)
+    assert all(p.ndim == 1 or any(w in names[id(p)] for w in ("level", "transformer.label", "no_label", "position")) for p in spared)
 
 
 def test_epochs_visit_every_image_once():

@@ -25,7 +25,7 @@ from far import CHOICES, FAR, FARConfig, ORDERINGS, PRESETS, check
 from sample import draw_images, head_steps, load_checkpoint, numbers, save_grid
 
 DATA = {  # data set -> default preset and training settings
-    "digits": dict(preset="digits", batch=64, lr=2e-3, ema=0.999, max_minutes=2.0),
+    "digits": dict(preset="digits", batch=64, lr=3e-3, ema=0.999, max_minutes=2.0),
     "cifar10": dict(preset="cifar", batch=128, lr=1e-3, ema=0.9995, max_minutes=60.0),
     "folder": dict(preset="cifar", batch=128, lr=1e-3, ema=0.9995, max_minutes=60.0),
 }
@@ -145,8 +145,9 @@ def train(args, config, images, labels):
             x, y = images[index], labels[index] if config.num_classes else None
             if args.flip:
                 x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
+            progress = max(state["step"] / steps, state["seconds"] / limit)
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1.0, (state["step"] + 1) / args.warmup)
+                group["lr"] = args.lr * min(1.0, (state["step"] + 1) / args.warmup) * (1 - progress if args.lr_schedule == "linear" else 1)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 loss = model(x, y)
             optimizer.zero_grad(set_to_none=True)
@@ -222,6 +223,7 @@ def parse_args(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     p.add_argument("--batch", type=int, default=defaults["batch"], help="images a step (default: %(default)s)")
     p.add_argument("--lr", type=float, default=defaults["lr"], help="learning rate (default: %(default)s)")
+    p.add_argument("--lr-schedule", choices=("linear", "constant"), help="linear falls to 0 at the end of the run (default: linear with --max-minutes; constant with --steps alone, so that a run resumed with more steps equals one that never stopped)")
     p.add_argument("--warmup", type=int, default=100, help="steps of rising learning rate (default: %(default)s)")
     p.add_argument("--weight-decay", type=float, default=0.02, help="default: %(default)s")
     p.add_argument("--clip", type=float, default=1.0, help="bound on the gradient's norm (default: %(default)s)")
@@ -243,6 +245,7 @@ def parse_args(argv=None):
     args.bf16 = args.device.startswith("cuda") if args.bf16 is None else args.bf16
     if args.max_minutes is None and args.steps is None:
         args.max_minutes = defaults["max_minutes"]
+    args.lr_schedule = args.lr_schedule or ("linear" if args.max_minutes else "constant")
     args.overrides = {f.name: getattr(args, f.name) for f in fields(FARConfig) if getattr(args, f.name) is not None}
     if isinstance(args.overrides.get("levels"), float):
         args.overrides["levels"] = [args.overrides["levels"]]
