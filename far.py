@@ -84,11 +84,12 @@ def check_ordering(fn, size, channels=3):
 
 PAPER_LEVELS = tuple(side / 16 for side in (2, 3, 4, 5, 6, 7, 8, 9, 10, 16))  # 10 steps on the paper's 16 x 16 token grid
 PAPER = dict(levels=PAPER_LEVELS, ordering="fourier", attention="causal", levels_per_image=0, head_mixing=False, head_draws=4, target="full",
-             prediction="eps", schedule="cosine", solver="ddpm", head_steps="paper", mask="text", loss_weighting=True)
+             prediction="eps", schedule="cosine", solver="ddpm", head_steps="paper", temperature=1.0, mask="text", loss_weighting=True)
 LATENTS = dict(image_size=16, channels=16, patch_size=1, num_classes=1000, levels=PAPER_LEVELS, cond_tokens=64, attention="causal",
                levels_per_image=0, head_mixing=False, head_draws=4, dropout=0.1)
 PRESETS = {
-    "digits": dict(image_size=8, channels=1, levels=(0.25, 0.5, 1.0), width=128, depth=1, heads=4, head_width=128, head_depth=4, head_steps=32),
+    "digits": dict(image_size=8, channels=1, levels=(0.25, 0.5, 1.0), ordering="dct", width=128, depth=1, heads=4, head_width=128, head_depth=4,
+                   head_steps=32, temperature=1.08),
     "cifar": dict(),
     "imagenet64": dict(image_size=64, num_classes=1000, width=768, depth=8, heads=12, head_width=768, head_depth=8),
     "far_b": dict(LATENTS, width=768, depth=24, heads=12, head_width=1024, head_depth=3),
@@ -133,6 +134,7 @@ class FARConfig:
     label_dropout: float = 0.1          # share of labels dropped, for guidance
     solver: str = "dpmpp_2m"            # defaults of FAR.sample
     head_steps: object = 16             # int, one int a level, or "paper"
+    temperature: object = 1.0           # float, or one a level
 
     def __post_init__(self):
         self.levels = tuple(self.levels)
@@ -151,6 +153,7 @@ class FARConfig:
         check(self.attention == "markov" or self.levels_per_image == 0, "levels_per_image needs attention='markov': causal attention trains all levels (0)")
         check(self.cond_dim == 0 or self.cond_tokens > 0, "cond_dim needs cond_tokens, the number of embeddings a sample")
         per_level(self.head_steps, len(self.levels), "head_steps", int, 1)
+        per_level(self.temperature, len(self.levels), "temperature")
 
     @property
     def num_tokens(self):
@@ -476,9 +479,6 @@ class FAR(nn.Module):
         self.config = config
         self.transformer, self.head = Transformer(config), DiffusionHead(config)
         self.register_buffer("residual_scale", torch.ones(len(config.levels)))   # deviation of x_{i+1} - x_i, target residual
-        for name, parameter in self.named_parameters():
-            if name.endswith(("label.weight", "level.weight")):
-                nn.init.normal_(parameter, std=0.02)
 
     def project(self, x, i):
         """x_i = P_i x: x [B, C, H, H] seen at level i = 0 .. F, in float32."""
@@ -538,15 +538,15 @@ class FAR(nn.Module):
             self.residual_scale[i] = (self.project(x, i + 1) - self.project(x, i)).square().mean().sqrt().clamp(min=1e-6)
 
     @torch.inference_mode()
-    def sample(self, labels, *, guidance=1.0, guidance_schedule="linear", head_steps=None, solver=None, temperature=1.0,
+    def sample(self, labels, *, guidance=1.0, guidance_schedule="linear", head_steps=None, solver=None, temperature=None,
                step_rule="paper", coupling=0.0, generator=None, return_levels=False):
         """Draws images level by level: z_i from the transformer, xhat from the head, x_{i+1} by the step rule.
 
         labels: int64 [B] or float [B, K, cond_dim]; or an int n for n images without label.
         guidance: g >= 0; the head's prediction is u + g_i (p - u), p with and u without label; guidance_schedule "linear": g_i =
         1 + (g - 1) i/F for i = 0 .. F-1, "constant": g_i = g.
-        head_steps: int, one int a level, or "paper" (40 to 100); solver: ddpm, ddim or dpmpp_2m (see Path.sample); default: the config's.
-        temperature: factor on the head's noise, a number or one a level (the paper raises it from 0.8 to 1).
+        head_steps: int, one int a level, or "paper" (40 to 100); solver: ddpm, ddim or dpmpp_2m (see Path.sample);
+        temperature: factor on the head's noise, a number or one a level. All three: the config's by default.
         step_rule: "paper" x_{i+1} = P_{i+1} xhat, or "locked" x_{i+1} = x_i + P_{i+1} xhat - P_i xhat, which keeps what was known.
         coupling: rho in [0, 1], a number or one a level: correlation of the starting noise inside cells of round(keep_{i+1} H)^2 a picture.
         generator: a torch.Generator, or a list of B of them, one an image, for images that do not depend on the batch they are drawn in.
@@ -554,7 +554,8 @@ class FAR(nn.Module):
         c, device, levels = self.config, self.residual_scale.device, len(self.config.levels)
         steps = per_level(c.head_steps if head_steps is None else head_steps, levels, "head_steps", int, 1)
         solver = solver or c.solver
-        temperature, coupling = per_level(temperature, levels, "temperature"), per_level(coupling, levels, "coupling")
+        temperature = per_level(c.temperature if temperature is None else temperature, levels, "temperature")
+        coupling = per_level(coupling, levels, "coupling")
         for name, value, allowed in (("solver", solver, CHOICES["solver"]), ("guidance_schedule", guidance_schedule, ("linear", "constant")),
                                      ("step_rule", step_rule, ("paper", "locked"))):
             check(value in allowed, f"{name} is {value!r}; allowed: {', '.join(allowed)}")

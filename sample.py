@@ -133,7 +133,7 @@ def main(argv=None):
     p.add_argument("--guidance-schedule", choices=("linear", "constant"), default="linear", help="over levels (default: %(default)s)")
     p.add_argument("--head-steps", type=head_steps, help="per level: a number, a list, or paper (default: the model's)")
     p.add_argument("--solver", choices=CHOICES["solver"], help="default: the model's")
-    p.add_argument("--temperature", type=numbers(float), default=1.0, help="one, or a list (default: %(default)s)")
+    p.add_argument("--temperature", type=numbers(float), help="one, or a list (default: the model's)")
     p.add_argument("--step-rule", choices=("paper", "locked"), default="paper", help="default: %(default)s")
     p.add_argument("--coupling", type=numbers(float), default=0.0, help="coupled noise, one rho or a list (default: %(default)s)")
     p.add_argument("--paper", action="store_true", help="the paper's sampling: ancestral, 40 to 100 steps, temperature 0.8 to 1")

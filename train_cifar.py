@@ -238,7 +238,7 @@ def parse_args(argv=None):
         if f.type is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=f"default: {value}")
         else:
-            kind = {"levels": numbers(float), "head_steps": head_steps}.get(f.name, f.type)
+            kind = {"levels": numbers(float), "temperature": numbers(float), "head_steps": head_steps}.get(f.name, f.type)
             group.add_argument(flag, type=kind, choices=CHOICES.get(f.name) or (ORDERINGS if f.name == "ordering" else None), help=f"default: {value}")
     args = p.parse_args(argv)
     args.out = args.out or os.path.join("out", args.data)
