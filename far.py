@@ -22,7 +22,7 @@ def fourier(x, keep, disc=False):
 
     x [B, C, H, H] -> [B, C, H, H]; keep in [0, 1], 0 gives zeros and 1 gives x. With `disc` the region is |f| <= keep H/2."""
     if keep <= 0 or keep >= 1:
-        return x.clone() if keep >= 1 else torch.zeros_like(x)
+        return x * (keep >= 1)
     H = x.shape[-1]
     f = torch.fft.fftfreq(H, 1 / H, device=x.device).abs()                      # 0, 1, .., H/2, .., 1 cycles per image
     radius = torch.hypot(f[:, None], f) if disc else torch.maximum(f[:, None], f)
@@ -48,7 +48,7 @@ def resize(x, keep):
 
     x [B, C, H, H] -> [B, C, H, H]; keep in [0, 1], 0 gives zeros and 1 gives x. Nearly, but not exactly, a projection."""
     if keep <= 0 or keep >= 1:
-        return x.clone() if keep >= 1 else torch.zeros_like(x)
+        return x * (keep >= 1)
     k = max(1, round(keep * x.shape[-1]))
     return F.interpolate(F.interpolate(x, size=(k, k), mode="area"), size=x.shape[-2:], mode="bicubic")
 
@@ -170,7 +170,7 @@ class FARConfig:
         return cls.from_dict({**PRESETS[name], **(PAPER if paper else {}), **overrides})
 
     def to_dict(self):
-        return {**asdict(self), "levels": list(self.levels)}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, d):
@@ -195,7 +195,7 @@ def unpatchify(tokens, p, channels):
 
 
 def block_causal_mask(num_levels, num_tokens, markov=False):
-    """Who may attend to whom, bool [F N, F N], True = query (row) may attend to key (column): level(q) >= level(k), or == for `markov`."""
+    """Bool [F N, F N], True = query (row) may attend to key (column): level(q) >= level(k), or level(q) == level(k) with `markov`."""
     level = torch.arange(num_levels).repeat_interleave(num_tokens)
     return level[:, None] == level if markov else level[:, None] >= level
 
@@ -403,8 +403,8 @@ class HeadBlock(nn.Module):
         if mixing:
             self.norm2, self.attention = nn.LayerNorm(width, elementwise_affine=False), Attention(width, heads)
         self.modulation = nn.Linear(width, 6 * width if mixing else 3 * width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        for parameter in self.modulation.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, h, c):
         shift, scale, gate, *mix = self.modulation(F.silu(c)).split(h.shape[-1], -1)
@@ -427,9 +427,8 @@ class DiffusionHead(nn.Module):
         self.blocks = nn.ModuleList(HeadBlock(w, c.heads, c.head_mixing) for _ in range(c.head_depth))
         self.norm, self.modulation, self.output = nn.LayerNorm(w, elementwise_affine=False), nn.Linear(w, 2 * w), nn.Linear(w, c.token_dim)
         self.register_buffer("frequencies", 1000 * torch.exp(-math.log(10000) * torch.arange(32) / 32), persistent=False)
-        for layer in (self.modulation, self.output):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for parameter in (*self.modulation.parameters(), *self.output.parameters()):
+            nn.init.zeros_(parameter)
 
     def project(self, z, level, cond):
         """z [S, N, W], level int64 [S], label condition [S, 1 or K, W] -> (z [S, N, w], modulation [S, 1 or N, w]): once per level, not
@@ -460,19 +459,16 @@ class DiffusionHead(nn.Module):
 # FAR: the loss and the generation loop
 
 def couple_noise(noise, shared, side, rho):
-    """Coupled noise: sqrt(rho) shared[cell] + sqrt(1 - rho) noise, so that tokens of one cell correlate by rho and each keeps variance 1.
-
-    noise [B, N, D] and shared [B, side^2, D] are independent standard normal; the G x G token grid falls into side x side cells, side < G."""
+    """sqrt(rho) shared[cell] + sqrt(1 - rho) noise: tokens of one cell correlate by rho, each keeps variance 1. noise [B, N, D] and
+    shared [B, side^2, D] are independent standard normal; the G x G token grid falls into side x side cells, side < G."""
     G = math.isqrt(noise.shape[1])
     cell = torch.arange(G, device=noise.device) * side // G
     return math.sqrt(rho) * shared[:, (cell[:, None] * side + cell).flatten()] + math.sqrt(1 - rho) * noise
 
 
 class FAR(nn.Module):
-    """Frequency autoregressive model: `forward` is the training loss, `sample` draws images.
-
-    Images [B, C, H, H] are float32 of about [-1, 1] (or latents of unit variance) or uint8 [0, 255]; labels int64 [B] in
-    [0, num_classes), or float [B, K, cond_dim] when the config has a cond_dim. Wrong shapes, dtypes or labels raise ValueError."""
+    """Frequency autoregressive model. Images [B, C, H, H] are float32 of about [-1, 1] (or latents of unit variance) or uint8 [0, 255];
+    labels int64 [B] in [0, num_classes), or float [B, K, cond_dim] when the config has a cond_dim; others raise ValueError."""
 
     def __init__(self, config):
         super().__init__()

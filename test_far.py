@@ -3,6 +3,7 @@ import ast
 import math
 import os
 import pickle
+import signal
 
 import numpy as np
 import pytest
@@ -459,7 +460,7 @@ def test_guidance_schedule_and_no_guidance_batch_where_it_is_1(settings, monkeyp
     head = model.head.forward
     monkeypatch.setattr(model.head, "forward", lambda x, t, c: sizes.append(len(x)) or head(x, t, c))
     labels = torch.tensor([1, 2, 3])
-    got = model.sample(labels, guidance=4.0, head_steps=2, generator=seeded(), solver="ddim")
+    got = model.sample(labels, guidance=4.0, head_steps=2, generator=seeded(), solver="ddim", temperature=1.0)
     assert sizes == [3, 3, 6, 6, 6, 6]
     sizes.clear(), model.sample(labels, head_steps=2)
     assert sizes == [3] * 6
@@ -622,18 +623,38 @@ def test_resume_is_bit_exact(tmp_path, extra):
     assert not [name for name in os.listdir(a) if "part" in name]
 
 
-def test_ctrl_c_saves_first(tmp_path, monkeypatch):
-    forward, calls = FAR.forward, []
+def test_ctrl_c_saves_and_resume_goes_on_exactly(tmp_path, monkeypatch):
+    """SIGINT in the middle of step 4: the step is finished and saved, and the resumed run equals one that was never stopped."""
+    forward, calls, command = FAR.forward, [], [*SMALL, "--steps", "10", "--lr-schedule", "linear", "--out"]
+    train_cifar.main([*command, str(tmp_path / "a")])
 
     def interrupted(self, *args):
         calls.append(1)
         if len(calls) == 4:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         return forward(self, *args)
     monkeypatch.setattr(FAR, "forward", interrupted)
     with pytest.raises(SystemExit, match="saved"):
+        train_cifar.main([*command, str(tmp_path / "b")])
+    assert torch.load(tmp_path / "b" / "ckpt.pt", weights_only=True)["step"] == 4
+    train_cifar.main([*command, str(tmp_path / "b"), "--resume"])
+    first, second = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True) for d in "ab")
+    assert all(torch.equal(first["ema"][k], second["ema"][k]) for k in first["ema"])
+
+
+def test_learning_rate_schedule(tmp_path):
+    """Linear: step k of n runs at lr (1 - k/n), counted from 0; constant: at lr; both after a linear warm-up."""
+    for schedule, warmup, want in (("linear", "1", 1e-3 * (1 - 3 / 4)), ("constant", "1", 1e-3), ("constant", "8", 1e-3 * 4 / 8)):
+        train_cifar.main([*SMALL, "--steps", "4", "--lr", "1e-3", "--lr-schedule", schedule, "--warmup", warmup, "--overwrite", "--out", str(tmp_path)])
+        groups = torch.load(tmp_path / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
+        assert all(group["lr"] == pytest.approx(want) for group in groups)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(DiffusionHead, "loss", lambda self, target, z, level, cond: self.output.weight.sum() + torch.full((len(target),), math.nan))
+    with pytest.raises(ValueError, match="nan"):
         train_cifar.main([*SMALL, "--steps", "10", "--out", str(tmp_path)])
-    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 3
+    assert not (tmp_path / "ckpt.pt").exists()
 
 
 def test_ema_is_the_running_average(tmp_path):
@@ -661,7 +682,7 @@ def test_weight_decay_spares_biases_norms_and_embeddings():
 
 
 def test_epochs_visit_every_image_once():
-    epochs = [torch.cat([train_cifar.batch_at(step, 20, 5, 1, "cpu") for step in range(4 * e, 4 * e + 4)]) for e in range(2)]
+    epochs = [torch.cat([train_cifar.batch_at(step, 20, 5, 1) for step in range(4 * e, 4 * e + 4)]) for e in range(2)]
     assert all(sorted(e.tolist()) == list(range(20)) for e in epochs) and not torch.equal(*epochs)
 
 
@@ -695,7 +716,7 @@ def test_bad_checkpoints(digits, tmp_path):
     whole = open(os.path.join(digits, "ckpt.pt"), "rb").read()
     (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "text.pt").write_text("hello")
-    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
     state = torch.load(os.path.join(digits, "ckpt.pt"), weights_only=True)
     torch.save({**state, "config": {**state["config"], "width": 32}}, tmp_path / "other.pt")

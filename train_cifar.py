@@ -9,7 +9,9 @@ Every setting of the model (far.FARConfig) is a flag; --data X --help shows the 
 import argparse
 import copy
 import csv
+import functools
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -75,16 +77,16 @@ def load_folder(path, size, channels):
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(data.targets), data.classes
 
 
-def batch_at(step, n, batch, seed, device):
+def batch_at(step, n, batch, seed):
     """Indices [batch] of step `step`: every epoch is a fresh permutation that depends on seed and epoch alone."""
     epoch, k = divmod(step, n // batch)
-    if batch_at.epoch != (epoch, seed, n):
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch * 1_000_003))
-        batch_at.epoch, batch_at.order = (epoch, seed, n), order.to(device)
-    return batch_at.order[k * batch:(k + 1) * batch]
+    return permutation(n, seed + epoch * 1_000_003)[k * batch:(k + 1) * batch]
 
 
-batch_at.epoch = None
+@functools.lru_cache(1)
+def permutation(n, seed):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
@@ -103,6 +105,17 @@ def save_checkpoint(path, model, ema, optimizer, state):
     rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
     torch.save(dict(config=model.config.to_dict(), model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), rng=rng, **state), path + ".part")
     os.replace(path + ".part", path)
+
+
+def open_log(path, levels, step):
+    """log.csv, opened to go on after `step`: lines that a stopped run wrote after its last checkpoint are dropped."""
+    rows = [["step", "seconds", "images_per_second", "loss", *(f"level_{i + 1}" for i in range(levels))]]
+    if step and os.path.exists(path):
+        with open(path, newline="") as f:
+            rows += [row for row in list(csv.reader(f))[1:] if int(row[0]) <= step]
+    log = open(path, "w", newline="")
+    csv.writer(log).writerows(rows)
+    return log
 
 
 def train(args, config, images, labels):
@@ -131,17 +144,17 @@ def train(args, config, images, labels):
     steps = args.steps or float("inf")
     images, labels = images.to(device), labels.to(device) if config.num_classes else None
     averaged = [(e, p.detach()) for e, p in zip(ema.parameters(), model.parameters())]
-    log = open(os.path.join(args.out, "log.csv"), "a" if args.resume else "w", newline="")
+    log = open_log(os.path.join(args.out, "log.csv"), len(config.levels), state["step"])
     writer = csv.writer(log)
-    if not args.resume:
-        writer.writerow(["step", "seconds", "images_per_second", "loss", *(f"level_{i + 1}" for i in range(len(config.levels)))])
     bar = tqdm(total=round(limit) if args.steps is None else args.steps, initial=round(state["seconds"]) if args.steps is None else state["step"],
                unit="s" if args.steps is None else "step", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} {unit}{postfix}")
     saved, total, marked, mark_step = time.perf_counter(), torch.zeros((), device=device), time.perf_counter(), state["step"]
+    interrupted = []
+    handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(1))    # Ctrl-C: finish the step in hand, save, stop
     model.train()
     try:
-        while state["step"] < steps and state["seconds"] < limit:
-            index = batch_at(state["step"], len(images), args.batch, args.seed, device)
+        while state["step"] < steps and state["seconds"] < limit and not interrupted:
+            index = batch_at(state["step"], len(images), args.batch, args.seed).to(device)
             x, y = images[index], labels[index] if config.num_classes else None
             if args.flip:
                 x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
@@ -161,7 +174,7 @@ def train(args, config, images, labels):
             now = time.perf_counter()
             state["seconds"] = now - start
             if state["step"] % args.log_every == 0:
-                mean, rate = total.item() / args.log_every, (state["step"] - mark_step) * args.batch / (now - marked)
+                mean, rate = total.item() / (state["step"] - mark_step), (state["step"] - mark_step) * args.batch / (now - marked)
                 check(np.isfinite(mean), f"the loss is {mean} at step {state['step']}; {ckpt} holds the last good state: lower --lr and add --resume")
                 with torch.no_grad():
                     by_level = model.level_losses(x, y).tolist()
@@ -173,16 +186,17 @@ def train(args, config, images, labels):
                 bar.refresh()
                 total.zero_()
                 marked, mark_step = time.perf_counter(), state["step"]
-            if now - saved > 60 * args.save_minutes:
-                save_checkpoint(ckpt, model, ema, optimizer, state)
-                saved = time.perf_counter()
-    except KeyboardInterrupt:
-        save_checkpoint(ckpt, model, ema, optimizer, state)
-        sys.exit(f"\nstopped at step {state['step']}, saved in {ckpt}; --resume goes on from there")
+                if now - saved > 60 * args.save_minutes:                        # here the loss is known to be finite
+                    save_checkpoint(ckpt, model, ema, optimizer, state)
+                    saved = time.perf_counter()
     finally:
+        signal.signal(signal.SIGINT, handler)
         bar.close()
         log.close()
+    check(torch.isfinite(total), f"the loss is {total} at step {state['step']}; lower --lr")
     save_checkpoint(ckpt, model, ema, optimizer, state)
+    if interrupted:
+        sys.exit(f"stopped at step {state['step']}, saved in {ckpt}; --resume goes on from there")
     return ema
 
 
