@@ -28,7 +28,6 @@ def fourier(x, keep, disc=False):
     radius = torch.hypot(f[:, None], f) if disc else torch.maximum(f[:, None], f)
     return torch.fft.ifft2(torch.fft.fft2(x) * (radius <= keep * H / 2 + 1e-6)).real
 
-
 def dct(x, keep):
     """Low-pass in the orthonormal 2-D DCT-II: keeps the coefficients with both indices < keep H; no wrap-around at the borders.
 
@@ -42,7 +41,6 @@ def dct(x, keep):
     basis = basis[:math.ceil(keep * H - 1e-6)]
     return basis.T @ (basis @ x @ basis.T) @ basis
 
-
 def resize(x, keep):
     """Area down-sampling to k x k, k = max(1, round(keep H)), and bicubic up-sampling: what the published code runs.
 
@@ -52,9 +50,7 @@ def resize(x, keep):
     k = max(1, round(keep * x.shape[-1]))
     return F.interpolate(F.interpolate(x, size=(k, k), mode="area"), size=x.shape[-2:], mode="bicubic")
 
-
 ORDERINGS = {"fourier": fourier, "dct": dct, "resize": resize}  # name -> ordering(x [B, C, H, H], keep) -> [B, C, H, H]
-
 
 def check_ordering(fn, size, channels=3):
     """Says in words which laws of an ordering `fn(x, keep)` breaks on size x size images, and by how much (largest error
@@ -99,11 +95,9 @@ PRESETS = {
 CHOICES = dict(attention=("causal", "markov"), prediction=("v", "eps"), schedule=("linear", "cosine"), target=("full", "next", "residual"),
                mask=("none", "text", "reference"), solver=("ddpm", "ddim", "dpmpp_2m"))
 
-
 def check(ok, message):
     if not ok:
         raise ValueError(message)
-
 
 @dataclass
 class FARConfig:
@@ -187,23 +181,19 @@ def patchify(x, p):
     check(H % p == 0 and W % p == 0, f"image sides {H} x {W} are not divisible by the patch side {p}")
     return x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
 
-
 def unpatchify(tokens, p, channels):
     """Tokens [B, N, C p^2] -> square image [B, C, H, H]: the inverse of `patchify`."""
     G = math.isqrt(tokens.shape[1])
     return tokens.reshape(-1, G, G, channels, p, p).permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, G * p, G * p)
-
 
 def block_causal_mask(num_levels, num_tokens, markov=False):
     """Bool [F N, F N], True = query (row) may attend to key (column): level(q) >= level(k), or level(q) == level(k) with `markov`."""
     level = torch.arange(num_levels).repeat_interleave(num_tokens)
     return level[:, None] == level if markov else level[:, None] >= level
 
-
 def loss_weights(F):
     """Frequency-aware loss weights [F]: entry i-1 is w_i = 1 + sin(pi/2 i/F), more for high frequencies."""
     return 1 + torch.sin(math.pi / 2 * torch.arange(1, F + 1) / F)
-
 
 def mask_bounds(F, direction):
     """Lower bounds [F] of the masked share at level i = 0 .. F-1: 0.7 (1 - i/F) for "text" (low levels are masked more, as the
@@ -212,17 +202,14 @@ def mask_bounds(F, direction):
     i = torch.arange(F) / F
     return 0.7 * (1 - i if direction == "text" else i)
 
-
 def masked_share(lower):
     """Draws shares from a Gaussian of mean 1 and deviation 0.25 cut off to [lower, 1], shaped like lower, by inverting its distribution function."""
     low = torch.special.ndtr((lower - 1) / 0.25)
     return (1 + 0.25 * torch.special.ndtri(low + (0.5 - low) * torch.rand_like(lower))).clamp(lower, torch.ones_like(lower))
 
-
 def head_step_schedule(F, low=40, high=100):
     """Frequency-aware head steps: list of F whole numbers rising linearly from low to high (mean 70); F = 1 gives [high]."""
     return [round(low + (high - low) * i / (F - 1)) for i in range(F)] if F > 1 else [high]
-
 
 def per_level(value, F, name, kind=(int, float), least=0):
     """One number for all levels, or a sequence of one a level ("paper": head_step_schedule) -> list of F; ValueError otherwise."""
@@ -231,7 +218,6 @@ def per_level(value, F, name, kind=(int, float), least=0):
     check(len(values) == F and all(isinstance(v, kind) and v >= least for v in values),
           f"{name} is {value!r}; it must be a number of at least {least}, or one for each of {F} levels" + (", whole, or 'paper'" if kind is int else ""))
     return values
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Transformer: z_i from x_0 .. x_i
@@ -253,10 +239,8 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(S, T, W))
 
-
 def mlp(width, hidden, out):
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))
-
 
 class Block(nn.Module):
     """Pre-norm transformer block, [S, T, W] -> [S, T, W]."""
@@ -270,7 +254,6 @@ class Block(nn.Module):
         x = x + self.dropout(self.attention(self.norm1(x), mask, cache))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
-
 class Transformer(nn.Module):
     """Visible tokens of the levels -> conditions z (paper, causal attention over frequency levels).
 
@@ -282,9 +265,9 @@ class Transformer(nn.Module):
         self.input = nn.Linear(c.token_dim, c.width)
         self.position = nn.Parameter(0.02 * torch.randn(c.num_tokens, c.width))
         self.level = nn.Embedding(len(c.levels), c.width)
-        self.label = nn.Linear(c.cond_dim, c.width) if c.cond_dim else nn.Embedding(max(c.num_classes, 1), c.width)
+        self.label = nn.Linear(c.cond_dim, c.width) if c.cond_dim else nn.Embedding(c.num_classes, c.width) if c.num_classes else None
         self.no_label = nn.Parameter(0.02 * torch.randn(c.cond_tokens if c.cond_dim else 1, c.width))
-        self.cond_position = nn.Parameter(0.02 * torch.randn(c.cond_tokens, c.width))
+        self.cond_position = nn.Parameter(0.02 * torch.randn(c.cond_tokens, c.width)) if c.cond_tokens else None
         if c.mask != "none":
             self.mask_token = nn.Parameter(0.02 * torch.randn(c.width))
             self.register_buffer("mask_bounds", mask_bounds(len(c.levels), c.mask), persistent=False)
@@ -412,7 +395,6 @@ class HeadBlock(nn.Module):
             h = h + mix[2] * self.attention(self.norm2(h) * (1 + mix[1]) + mix[0])
         return h + gate * self.mlp(self.norm1(h) * (1 + scale) + shift)
 
-
 class DiffusionHead(nn.Module):
     """The small network that denoises a level's tokens given z (diffusion loss, Li et al. 2024): an MLP per token with AdaLN-Zero on
     z, t and level; with `head_mixing` the tokens of a level also attend to each other and share one t."""
@@ -464,7 +446,6 @@ def couple_noise(noise, shared, side, rho):
     G = math.isqrt(noise.shape[1])
     cell = torch.arange(G, device=noise.device) * side // G
     return math.sqrt(rho) * shared[:, (cell[:, None] * side + cell).flatten()] + math.sqrt(1 - rho) * noise
-
 
 class FAR(nn.Module):
     """Frequency autoregressive model. Images [B, C, H, H] are float32 of about [-1, 1] (or latents of unit variance) or uint8 [0, 255];

@@ -6,16 +6,17 @@
 import argparse
 import os
 import sys
+import time
 import zipfile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from tqdm import tqdm
 
 from far import CHOICES, FAR, FARConfig, check
-
 
 def load_checkpoint(path, device="cpu"):
     """Reads a checkpoint of train_cifar.py -> (FAR with the EMA weights, in eval mode, on device; dict of the rest).
@@ -32,13 +33,49 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict(rest.pop("ema"))
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not fit this version of far.py: {str(error).splitlines()[0]}") from None
-    return model.to(device).eval(), rest
+    return model.to(device).eval().requires_grad_(False), rest
 
+def load_vae(name, device="cpu"):
+    """The diffusers AutoencoderKL of a name (downloaded) or folder, to encode and decode latents. ValueError if it or diffusers is missing."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise ValueError("latents need the library of the VAE: pip install diffusers") from None
+    try:
+        return AutoencoderKL.from_pretrained(name).to(device).eval().requires_grad_(False)
+    except Exception as error:                                                  # of the hub, the files or the network
+        raise ValueError(f"no AutoencoderKL can be loaded from {name}: {str(error).splitlines()[0]}") from None
+
+def use_device(name):
+    """The torch.device of a name, "cuda" being this process's own GPU, ready for use. ValueError if there is none."""
+    try:
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} is not usable here: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")                              # TF32
+    return device
+
+def seed_of(*numbers):
+    """One seed from several whole numbers of at least 0, as good as independent of the seed of any others."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+def read_image(path, size, channels=3):
+    """A picture, centre-cropped to a square and resized (antialiased): uint8 [channels, size, size]; None if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image = image.convert({1: "L", 3: "RGB"}[channels])
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        return None
+    if image.size != (size, size):
+        image = torchvision.transforms.functional.center_crop(image, min(image.size)).resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 def to_uint8(images):
     """float images in about [-1, 1] -> uint8 [0, 255], same shape."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
-
 
 def save_grid(images, path, columns):
     """Writes images [n, C, H, H] in about [-1, 1] as one PNG, row by row, enlarged to at least 48 pixels each, with thin gaps."""
@@ -47,7 +84,6 @@ def save_grid(images, path, columns):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     torchvision.utils.save_image(torchvision.utils.make_grid(images, columns, padding=2, pad_value=0.5), path)
 
-
 def draw_images(model, labels, seed=0, batch=250, progress=True, **settings):
     """Yields (first index, images, from FAR.sample(**settings)) a batch at a time. Image i depends on seed, i and its label alone: every
     image has a noise generator of its own. labels: int64 [n], or an int n for images without label."""
@@ -55,12 +91,10 @@ def draw_images(model, labels, seed=0, batch=250, progress=True, **settings):
     with tqdm(total=n, unit="image", desc="sample", disable=not progress) as bar:
         for start in range(0, n, batch):
             stop = min(start + batch, n)
-            seeds = (np.random.SeedSequence([seed, i]).generate_state(1)[0] for i in range(start, stop))
-            generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+            generators = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(start, stop)]
             part = stop - start if isinstance(labels, int) else labels[start:stop]
             yield start, model.sample(part, generator=generators, **settings).cpu()
             bar.update(stop - start)
-
 
 def parse_labels(text, n, num_classes):
     """"0-9", "3", "1,5,7-9" or "none" and a number of images -> int64 [n], sorted evenly over the classes, or the int n for "none"."""
@@ -73,41 +107,40 @@ def parse_labels(text, n, num_classes):
     check(classes and max(classes) < num_classes, f"--labels {text} is out of range: the model knows the classes 0 to {num_classes - 1}")
     return torch.tensor([classes[i * len(classes) // n] for i in range(n)])
 
-
 class NpzWriter:
     """Writes arr_0 uint8 [n, H, W, C] and arr_1 int64 [n] batch by batch, through a file on disk, so that memory stays bounded."""
 
-    def __init__(self, path, n, size, channels, labels):
-        self.path, self.labels, self.part = path, labels, path + ".part.npy"
+    def __init__(self, path, labels):
+        self.path, self.part, self.images = path, path + ".part.npy", None
+        self.n, self.labels = (labels, None) if isinstance(labels, int) else (len(labels), labels)
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        self.images = np.lib.format.open_memmap(self.part, "w+", np.uint8, (n, size, size, channels))
 
     def add(self, start, images):
-        self.images[start:start + len(images)] = to_uint8(images).permute(0, 2, 3, 1).numpy()
+        images = to_uint8(images).permute(0, 2, 3, 1).numpy()
+        if self.images is None:
+            self.images = np.lib.format.open_memmap(self.part, "w+", np.uint8, (self.n, *images.shape[1:]))
+        self.images[start:start + len(images)] = images
 
     def close(self):
         self.images.flush()
         with zipfile.ZipFile(self.path + ".part", "w") as archive:
             archive.write(self.part, "arr_0.npy")
-            if not isinstance(self.labels, int):
+            if self.labels is not None:
                 with archive.open("arr_1.npy", "w") as f:
                     np.lib.format.write_array(f, self.labels.numpy())
         os.replace(self.path + ".part", self.path)
         os.remove(self.part)
 
-
-def numbers(kind):
-    """argparse type: one number or a comma-separated list of them."""
+def numbers(kind, alone=True):
+    """argparse type: comma-separated numbers -> a list of them, or, if `alone`, the number itself where there is one."""
     def parse(text):
         values = [kind(v) for v in text.split(",")]
-        return values if len(values) > 1 else values[0]
+        return values[0] if alone and len(values) == 1 else values
     parse.__name__ = f"{kind.__name__} or list"
     return parse
 
-
 def head_steps(text):
     return text if text == "paper" else numbers(int)(text)
-
 
 def sampling_settings(args, num_levels):
     """Arguments of FAR.sample from the flags; --paper: ancestral, 40 to 100 steps, temperature 0.8 to 1."""
@@ -116,7 +149,6 @@ def sampling_settings(args, num_levels):
     if args.paper:
         settings.update(solver="ddpm", head_steps="paper", temperature=np.linspace(0.8, 1, num_levels).tolist())
     return settings
-
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,18 +173,24 @@ def main(argv=None):
     args = p.parse_args(argv)
 
     check(args.n >= 1 and args.batch >= 1, "--n and --batch must be at least 1")
-    model, _ = load_checkpoint(args.ckpt, args.device)
-    c = model.config
+    device = use_device(args.device)
+    model, rest = load_checkpoint(args.ckpt, device)
+    c, latents = model.config, rest.get("latents")
+    vae = load_vae(latents["vae"], device) if latents else None
+
+    def pictures(x):                                                            # [n, C, H, H] -> images on the CPU
+        return (vae.decode(x.to(device) / latents["scale"]).sample if vae else x).cpu()
+
     labels = parse_labels(args.labels or f"0-{c.num_classes - 1}", args.n, c.num_classes)
     settings = sampling_settings(args, len(c.levels))
-    npz = NpzWriter(args.npz, args.n, c.image_size, c.channels, labels) if args.npz else None
+    npz = NpzWriter(args.npz, labels) if args.npz else None
     if args.png:
         os.makedirs(args.png, exist_ok=True)
     shown = np.unique(np.linspace(0, args.n - 1, min(args.n, 400)).round().astype(int))  # all, or 400 spread evenly over the classes
     strip = np.unique(np.linspace(0, args.n - 1, min(args.n, 10)).round().astype(int)) if args.levels else []
-    grid, rows = [], []
+    grid, rows, begin = [], [], time.perf_counter()
     for start, levels in draw_images(model, labels, args.seed, args.batch, return_levels=True, **settings):
-        images = levels[:, -1]
+        images = pictures(levels[:, -1])
         if npz:
             npz.add(start, images)
         for i, image in enumerate(images, start):
@@ -161,20 +199,20 @@ def main(argv=None):
             if i in shown:
                 grid.append(image)
             if i in strip:
-                rows.append(levels[i - start])
-    save_grid(torch.stack(grid), os.path.join(args.out, "samples.png"), min(len(grid), 10 if len(grid) <= 100 else 20))
-    written = [os.path.join(args.out, "samples.png")]
-    if args.levels:
-        save_grid(torch.cat(rows), os.path.join(args.out, "levels.png"), len(c.levels))
+                rows.append(pictures(levels[i - start]))
+    seconds, out = time.perf_counter() - begin, os.path.join(args.out, "samples.png")
+    save_grid(torch.stack(grid), out, min(len(grid), 10 if len(grid) <= 100 else 20))
+    written = [out, *([args.png] if args.png else [])]
+    if rows:
         written.append(os.path.join(args.out, "levels.png"))
+        save_grid(torch.cat(rows), written[-1], len(c.levels))
     if npz:
         npz.close()
         written.append(args.npz)
-    print("wrote", *written, *([args.png] if args.png else []))
-
+    print(f"{args.n} images in {seconds:.1f} s; wrote", *written)
 
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")

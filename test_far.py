@@ -1,9 +1,14 @@
 """Laws and values of FAR, each against an independent formula, library or brute force. Run: pytest"""
 import ast
+import contextlib
+import json
 import math
 import os
 import pickle
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -619,7 +624,7 @@ def test_resume_is_bit_exact(tmp_path, extra):
     for part in ("model", "ema"):
         assert all(torch.equal(first[part][k], second[part][k]) for k in first[part])
     assert not all(torch.equal(first["model"][k], first["ema"][k]) for k in first["model"])
-    assert len(open(os.path.join(a, "log.csv")).readlines()) == len(open(os.path.join(b, "log.csv")).readlines()) == 3
+    assert len(open(os.path.join(a, "log.csv")).readlines()) == len(open(os.path.join(b, "log.csv")).readlines()) == 4
     assert not [name for name in os.listdir(a) if "part" in name]
 
 
@@ -681,9 +686,18 @@ def test_weight_decay_spares_biases_norms_and_embeddings():
     assert all(p.ndim == 1 or any(w in names[id(p)] for w in ("level", "transformer.label", "no_label", "position")) for p in spared)
 
 
-def test_epochs_visit_every_image_once():
-    epochs = [torch.cat([train_cifar.batch_at(step, 20, 5, 1) for step in range(4 * e, 4 * e + 4)]) for e in range(2)]
-    assert all(sorted(e.tolist()) == list(range(20)) for e in epochs) and not torch.equal(*epochs)
+def test_epochs_visit_every_image_once(tmp_path, monkeypatch):
+    """23 images, batches of 5: four steps an epoch, no image twice in one, another order in the next, and the same again for the same seed."""
+    seen, make_batch = [], train_cifar.make_batch
+    monkeypatch.setattr(train_cifar, "make_batch", lambda images, index, *rest: seen.append(index.tolist()) or make_batch(images, index, *rest))
+    images, labels, info = train_cifar.load_digits()
+    monkeypatch.setattr(train_cifar, "load_digits", lambda *_: (images[:23], labels[:23], info))
+    for _ in range(2):
+        train_cifar.main([*SMALL, "--steps", "8", "--batch", "5", "--overwrite", "--out", str(tmp_path)])
+    steps = [index for index in seen if len(index) == 5]                        # the other call measures residual_scale
+    assert len(steps) == 16 and steps[:8] == steps[8:]
+    epochs = [sum(steps[:4], []), sum(steps[4:8], [])]
+    assert all(len(set(e)) == 20 and set(e) <= set(range(23)) for e in epochs) and epochs[0] != epochs[1]
 
 
 def test_sample_writes_pictures_npz_and_pngs(digits, tmp_path):
@@ -754,20 +768,88 @@ def test_a_run_is_not_overwritten(digits):
 # Data
 
 
-def test_folder_of_images(tmp_path):
+def folder_config(size, channels=3):
+    return FARConfig(image_size=size, channels=channels, patch_size=1)
+
+
+def test_folder_of_images(tmp_path, monkeypatch):
     """Wide, tall, grey and small images become centred squares of the asked size; classes in sorted order."""
+    monkeypatch.chdir(tmp_path)
     for name, size, mode in (("b/wide.png", (40, 20), "RGB"), ("b/tall.jpg", (20, 40), "RGB"), ("a/grey.png", (16, 16), "L"), ("a/small.png", (8, 8), "RGB")):
         os.makedirs(tmp_path / "train" / name[0], exist_ok=True)
         image = Image.new(mode, size, 0)
         image.paste(200 if mode == "L" else (200, 100, 50), (size[0] // 4, size[1] // 4, 3 * size[0] // 4, 3 * size[1] // 4))
         image.save(tmp_path / "train" / name)
-    images, labels, classes = train_cifar.load_folder(str(tmp_path), 16, 3)
-    assert images.shape == (4, 3, 16, 16) and images.dtype == torch.uint8 and classes == ["a", "b"] and labels.tolist() == [0, 0, 1, 1]
+    images, labels, info = train_cifar.load_folder(".", folder_config(16))
+    assert images.shape == (4, 3, 16, 16) and images.dtype == torch.uint8 and info["classes"] == ["a", "b"] and labels.tolist() == [0, 0, 1, 1]
     assert images[0, :, 8, 8].tolist() == [200] * 3 and images[3, :, 8, 8].tolist() == [200, 100, 50]
     assert images[3, 0, 8, 0] > 150 and images[3, 0, 0, 8] < 20                 # wide: the crop cuts the sides, not the height
-    (tmp_path / "train" / "a" / "broken.png").write_text("no image")
-    with pytest.raises(ValueError, match="broken.png"):
-        train_cifar.load_folder(str(tmp_path), 16, 3)
+    assert train_cifar.load_folder(".", folder_config(8, 1))[0].shape == (4, 1, 8, 8)
+
+
+def test_folder_memory_map_is_used_again_and_built_anew(tmp_path, monkeypatch):
+    """Decoded once; again after a change of a file, of the size, or after an interrupted build; bad images are named, or left out on request."""
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("set/train/a")
+    for k in range(6):
+        Image.new("RGB", (8, 8), (10 * k, 0, 0)).save(f"set/train/a/{k}.png")
+    reads, read_image = [], train_cifar.read_image
+    monkeypatch.setattr(train_cifar, "read_image", lambda path, size, channels: reads.append(path) or read_image(path, size, channels))
+
+    def load(size=8, count=6, **settings):
+        reads.clear()
+        images, labels, _ = train_cifar.load_folder("set", folder_config(size), **settings)
+        return images[:, 0, 0, 0].tolist(), len(labels), len(reads)
+    assert load() == ([0, 10, 20, 30, 40, 50], 6, 6) and load() == ([0, 10, 20, 30, 40, 50], 6, 0)
+    assert load(4)[2] == 6 and load()[2] == 0 and load(4)[2] == 0               # each size has its own
+    Image.new("RGB", (8, 8), (200, 0, 0)).save("set/train/a/3.png")
+    assert load() == ([0, 10, 20, 200, 40, 50], 6, 6)
+    os.remove("set/train/a/0.png")
+    assert load() == ([10, 20, 200, 40, 50], 5, 5)
+    open("set/train/a/1.png", "w").write("no image")
+    with pytest.raises(ValueError, match="1 images cannot be read, first .*1.png.*--skip-bad"):
+        load()
+    assert load(skip_bad=True) == ([20, 200, 40, 50], 4, 5) and load(skip_bad=True)[2] == 0
+    with pytest.raises(ValueError, match="1.png"):                              # leaving out is not remembered
+        load()
+
+    def interrupted(path, size, channels):
+        if path.endswith("4.png"):
+            raise KeyboardInterrupt
+        return read_image(path, size, channels)
+    monkeypatch.setattr(train_cifar, "read_image", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_cifar.load_folder("set", folder_config(2), skip_bad=True)
+    monkeypatch.setattr(train_cifar, "read_image", lambda path, size, channels: reads.append(path) or read_image(path, size, channels))
+    assert load(2, skip_bad=True) == ([20, 200, 40, 50], 4, 5)
+
+
+def write_imagenet64(folder, evil=None):
+    for k in range(1, 11):
+        data = np.full((2, 3, 64, 64), k, np.uint8)
+        data[:, 2, 5, 7] = 100 + k                                              # blue, row 5, column 7
+        batch = {"data": data.reshape(2, -1), "labels": [k, 1001 - k], "mean": np.zeros(12288)}
+        (folder / f"train_data_batch_{k}").write_bytes(pickle.dumps(evil if evil and k == 4 else batch, protocol=2))
+
+
+def test_imagenet64_batches(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_imagenet64(tmp_path)
+    for _ in range(2):                                                          # built, then used again
+        images, labels, info = train_cifar.load_imagenet64(".", folder_config(64))
+        assert images.shape == (20, 3, 64, 64) and images[6, 0, 0, 0] == 4 and images[6, 2, 5, 7] == 104 and images[6, 2, 7, 5] == 4
+        assert labels.tolist() == [v for k in range(10) for v in (k, 999 - k)] and len(info["classes"]) == 1000
+    for evil in (Evil(), {"data": np.zeros((2, 5), np.uint8), "labels": [1, 2]}, {"data": np.zeros((1, 12288), np.uint8), "labels": [0]}, {"labels": Evil()}, [1]):
+        write_imagenet64(tmp_path, evil)
+        with pytest.raises(ValueError, match="train_data_batch_4 is no batch"):
+            train_cifar.load_imagenet64(".", folder_config(64))
+    assert not os.path.exists("evil")
+    os.remove("train_data_batch_7")
+    with pytest.raises(ValueError, match="must hold train_data_batch_1"):
+        train_cifar.load_imagenet64(".", folder_config(64))
+    os.makedirs("train/cat")
+    Image.new("RGB", (70, 80), (1, 2, 3)).save("train/cat/1.png")
+    assert train_cifar.load_imagenet64(".", folder_config(64))[2]["classes"] == ["cat"]
 
 
 def test_cifar10_through_torchvision(tmp_path, monkeypatch):
@@ -782,11 +864,236 @@ def test_cifar10_through_torchvision(tmp_path, monkeypatch):
     cifar = train_cifar.torchvision.datasets.CIFAR10
     monkeypatch.setattr(cifar, "_check_integrity", lambda self: True)
     monkeypatch.setitem(cifar.meta, "md5", None)
-    images, labels, classes = train_cifar.load_cifar10(str(tmp_path))
-    assert images.shape == (10, 3, 32, 32) and images[4].unique().item() == 20 and labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5] and len(classes) == 10
+    images, labels, info = train_cifar.load_cifar10(str(tmp_path))
+    assert images.shape == (10, 3, 32, 32) and images[4].unique().item() == 20 and labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5] and len(info["classes"]) == 10
 
     def offline(self):
         raise OSError("no network")
     monkeypatch.setattr(cifar, "download", offline)
     with pytest.raises(ValueError, match="--data folder"):
         train_cifar.load_cifar10(str(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """A tiny AutoencoderKL of diffusers with random weights, saved to a folder: 16 pixels to 4 x 4 latents of 3 channels."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+                                    latent_channels=3, norm_num_groups=4, sample_size=16)
+    path = str(tmp_path_factory.mktemp("vae"))
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """Ten random 16-pixel pictures of two classes in tmp_path/pictures, which becomes the working folder's child."""
+    monkeypatch.chdir(tmp_path)
+    for k in range(10):
+        os.makedirs(f"pictures/train/{'ab'[k % 2]}", exist_ok=True)
+        Image.fromarray(np.random.default_rng(k).integers(0, 256, (16, 16, 3), np.uint8)).save(f"pictures/train/{'ab'[k % 2]}/{k}.png")
+    return "pictures"
+
+
+def cache(vae, pictures, out="latents"):
+    train_cifar.main(["--cache-latents", pictures, "--vae", vae, "--path", out, "--image-size", "16"])
+    return train_cifar.load_latents(out)
+
+
+def test_latents_are_the_moments_of_images_and_mirror_images(vae, pictures):
+    moments, labels, info = cache(vae, pictures)
+    assert moments.shape == (10, 2, 6, 4, 4) and moments.dtype == torch.float16 and labels.tolist() == [0] * 5 + [1] * 5 and info["vae"] == vae
+    model = sample.load_vae(vae)
+    image = torch.from_numpy(np.array(Image.open("pictures/train/b/3.png"))).permute(2, 0, 1)[None] / 127.5 - 1
+    want = torch.cat([model.encode(x).latent_dist.parameters for x in (image, image.flip(3))])
+    assert torch.allclose(moments[6].float(), want, atol=5e-3)                  # b/1, b/3, .. follow the five of a
+    posterior = torch.cat([model.encode(torch.from_numpy(np.array(Image.open(f"pictures/train/{'ab'[k % 2]}/{k}.png"))).permute(2, 0, 1)[None] / 127.5 - 1)
+                           .latent_dist.sample() for k in range(10) for _ in range(50)])
+    assert info["scale"] * posterior.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_latent_batches_are_drawn_from_the_posterior(vae, pictures):
+    """Mean and deviation of many draws of one image, by flip, against the moments of its image or the equal mix with its mirror image."""
+    moments, _, info = cache(vae, pictures)
+    for flip in (False, True):
+        torch.manual_seed(0)
+        x = train_cifar.make_batch(moments, torch.zeros(20000, dtype=torch.int64), torch.device("cpu"), flip, info["scale"]) / info["scale"]
+        mean, log_variance = moments[0].float().chunk(2, 1)                     # [2, 3, 4, 4] each
+        if not flip:
+            mean, log_variance = mean[:1], log_variance[:1]
+        second = (log_variance.exp() + mean ** 2).mean(0)
+        assert torch.allclose(x.mean(0), mean.mean(0), atol=0.05) and torch.allclose(x.square().mean(0), second, rtol=0.08)
+
+
+def test_latents_restart_does_what_is_missing(vae, pictures, monkeypatch):
+    """Stopped in the middle, the second run encodes the rest alone; nothing is taken for whole before; changed images start again."""
+    whole = cache(vae, pictures, "whole")[0]
+    read_image, reads = train_cifar.read_image, []
+    monkeypatch.setattr(train_cifar.cache_latents, "__defaults__", (4,))        # batches of 4
+
+    def stops(path, size):
+        reads.append(path)
+        if len(reads) > 4:
+            raise KeyboardInterrupt
+        return read_image(path, size)
+    monkeypatch.setattr(train_cifar, "read_image", stops)
+    with pytest.raises(KeyboardInterrupt):
+        cache(vae, pictures)
+    with pytest.raises(ValueError, match="no whole latents.json"):
+        train_cifar.load_latents("latents")
+    again = []
+    monkeypatch.setattr(train_cifar, "read_image", lambda path, size: again.append(path) or read_image(path, size))
+    moments = cache(vae, pictures)[0]
+    assert len(again) == 6 and torch.allclose(moments.float(), whole.float(), atol=1e-2)
+    Image.new("RGB", (16, 16)).save("pictures/train/a/0.png")
+    again.clear(), cache(vae, pictures)
+    assert len(again) == 10
+
+
+def test_training_on_latents_and_decoding(vae, pictures, capsys):
+    cache(vae, pictures)
+    flags = ["--data", "latents", "--path", "latents", "--preset", "cifar", "--image-size", "4", "--channels", "3", "--patch-size", "2", "--batch", "4", "--steps", "2", *SMALL]
+    train_cifar.main([*flags, "--out", "run"])
+    rest = sample.load_checkpoint("run/ckpt.pt")[1]
+    assert rest["latents"] == {"vae": vae, "scale": train_cifar.load_latents("latents")[2]["scale"]}
+    sample.main(["--ckpt", "run/ckpt.pt", "--n", "5", "--labels", "1", "--npz", "s.npz", "--out", "drawn"])
+    x = np.load("s.npz")["arr_0"]
+    model, _ = sample.load_checkpoint("run/ckpt.pt")
+    latents = torch.cat([z for _, z in sample.draw_images(model, torch.ones(5, dtype=torch.int64), progress=False)])
+    want = sample.load_vae(vae).decode(latents / rest["latents"]["scale"]).sample
+    assert x.shape == (5, 16, 16, 3) and np.abs(x.astype(int) - sample.to_uint8(want).permute(0, 2, 3, 1).numpy()).max() <= 1
+    with pytest.raises(ValueError, match="images of"):
+        train_cifar.main(["--data", "latents", "--path", "latents", "--steps", "1", "--out", "other", "--batch", "4"])
+    with pytest.raises(ValueError, match="AutoencoderKL"):
+        sample.load_vae("pictures")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed and scale
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(attention="causal", levels_per_image=0, cond_tokens=3, head_mixing=False, head_draws=2),
+                                      dict(levels_per_image=2, cond_tokens=1), dict(levels_per_image=0, head_draws=3)])
+def test_training_flops_are_those_counted(settings):
+    """Against torch.utils.flop_counter on a forward and backward pass, within 5 %."""
+    from torch.utils.flop_counter import FlopCounterMode
+    config = FARConfig.preset("cifar", **settings)
+    model, images, labels = FAR(config), torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(images, labels).backward()
+    assert train_cifar.training_flops(config) * 2 == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_far_h_takes_a_step_in_80_gb(monkeypatch):
+    """On the meta device, all in float32: weights, their average, gradients and AdamW's two moments, and what the forward pass of one
+    image keeps for the backward pass. Fused attention keeps queries, keys, values and its output: so does this stand-in."""
+    monkeypatch.setattr(far.F, "scaled_dot_product_attention", lambda q, k, v, **settings: q * k * v)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **settings: contextlib.nullcontext())   # it does not know the meta device
+    kept = {}
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.untyped_storage()._cdata, x), lambda x: x):
+        model = FAR(FARConfig.preset("far_h"))
+        model(torch.zeros(1, 16, 16, 16), torch.zeros(1, dtype=torch.int64))
+    weights = sum(p.nbytes for p in model.parameters())
+    kept = sum(x.untyped_storage().nbytes() for x in kept.values())             # the weights among them
+    assert 2 * weights < kept and 4 * weights + kept < 80e9, (weights, kept)
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path):
+    for name, extra in (("a", []), ("b", ["--checkpoint-activations"])):
+        train_cifar.main([*SMALL, "--steps", "3", "--out", str(tmp_path / name), *extra])
+    first, second = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True)["model"] for d in "ab")
+    assert all(torch.allclose(first[k], second[k], atol=1e-6) for k in first)
+
+
+def test_gradient_accumulation_averages(tmp_path, monkeypatch):
+    """Two parts of 8 give the step of one batch of 16, when noise and levels do not depend on how the batch is split."""
+    monkeypatch.setattr(FAR, "forward", lambda self, x, y: self.losses(x, y, torch.arange(3).expand(len(x), -1)).mean())
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.sin(1000 * x))
+    monkeypatch.setattr(far.Path, "draw_t", lambda self, *shape, device=None: torch.full(shape, 0.5))
+    for name, extra in (("a", []), ("b", ["--grad-accum", "2"])):
+        train_cifar.main([*SMALL, "--steps", "3", "--batch", "16", "--label-dropout", "0", "--out", str(tmp_path / name), *extra])
+    first, second = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True)["model"] for d in "ab")
+    assert all(torch.allclose(first[k], second[k], atol=1e-5) for k in first)
+
+
+ROOT = os.path.dirname(os.path.abspath(far.__file__))
+FIXED = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import far, train_cifar
+torch.set_num_threads(1)
+far.FAR.forward = lambda self, x, y: self.losses(x, y, torch.arange(3).expand(len(x), -1)).mean()
+torch.randn_like = lambda x: torch.sin(1000 * x)
+far.Path.draw_t = lambda self, *shape, device=None: torch.full(shape, 0.5)
+train_cifar.main(sys.argv[1:])
+train_cifar.dist.destroy_process_group()
+"""
+
+
+def launch(processes, script, *flags):
+    """Runs script, under torchrun (here with gloo) if in several processes."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(script), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
+    """The step itself: noise and levels fixed, so that weights can be compared; also with accumulation in each process."""
+    (tmp_path / "fixed.py").write_text(FIXED.format(root=ROOT))
+    flags = [*SMALL, "--device", "cpu", "--batch", "16", "--steps", "3", "--log-every", "1", "--label-dropout", "0"]
+    launch(1, tmp_path / "fixed.py", *flags, "--out", str(tmp_path / "one"))
+    launch(2, tmp_path / "fixed.py", *flags, "--out", str(tmp_path / "two"), "--grad-accum", "2")
+    first, second = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True) for d in ("one", "two"))
+    assert all(torch.allclose(first["model"][k], second["model"][k], atol=1e-5) for k in first["model"])
+    for a, b in zip(first["log"], second["log"], strict=True):
+        assert a[3] == pytest.approx(b[3], abs=2e-4)                            # the loss is averaged over ranks
+    launch(1, tmp_path / "fixed.py", "--out", str(tmp_path / "two"), "--batch", "16", "--steps", "5", "--resume")
+    launch(1, tmp_path / "fixed.py", "--out", str(tmp_path / "one"), "--batch", "16", "--steps", "5", "--resume")
+    first, second = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True)["model"] for d in ("one", "two"))
+    assert all(torch.allclose(first[k], second[k], atol=1e-5) for k in first)
+
+
+def test_ranks_have_their_own_data_and_noise(tmp_path):
+    """Each rank notes its first images and its noise: the halves of the batch of one process, different noise; one rank writes."""
+    (tmp_path / "spy.py").write_text(f"""
+import sys, torch
+sys.path.insert(0, {ROOT!r})
+import far, train_cifar
+make = train_cifar.make_batch
+def spy(images, index, *rest):
+    torch.save((index, torch.initial_seed()), {str(tmp_path)!r} + f"/rank{{train_cifar.dist.get_rank()}}.pt")
+    return make(images, index, *rest)
+train_cifar.make_batch = spy
+train_cifar.main(sys.argv[1:])
+train_cifar.dist.destroy_process_group()
+""")
+    out = launch(2, tmp_path / "spy.py", *SMALL, "--device", "cpu", "--batch", "16", "--steps", "1", "--out", str(tmp_path / "run"))
+    (first, seed), (second, other) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert torch.equal(torch.cat([first, second]), train_cifar.epoch_order(1797, 0, 0)[:16]) and seed != other
+    assert out.count("wrote") == 2 and sorted(os.listdir(tmp_path / "run")) == ["ckpt.pt", "levels.png", "log.csv", "samples.png"]
+
+
+def test_kill_and_resume(tmp_path):
+    """kill -9 in the middle of a run: the checkpoint is whole, and the resumed run logs what one that never stopped logs."""
+    flags = [sys.executable, os.path.join(ROOT, "train_cifar.py"), *SMALL, "--device", "cpu", "--log-every", "20", "--save-minutes", "1e-9", "--steps", "100"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*flags, "--out", str(tmp_path / "a")], check=True, capture_output=True, env=env)
+    process = subprocess.Popen([*flags, "--steps", "100000", "--out", str(tmp_path / "b")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    log = tmp_path / "b" / "log.csv"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
+        time.sleep(0.01)
+    process.kill(), process.wait()
+    before = torch.load(tmp_path / "b" / "ckpt.pt", weights_only=True)["step"]
+    assert 20 <= before < 100
+    subprocess.run([*flags, "--out", str(tmp_path / "b"), "--resume"], check=True, capture_output=True, env=env)
+    first, second = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True) for d in "ab")
+    assert all(torch.equal(first["ema"][k], second["ema"][k]) for k in first["ema"])
+    rows = [[line.split(",")[0:1] + line.split(",")[3:] for line in (tmp_path / d / "log.csv").read_text().splitlines()] for d in "ab"]
+    assert rows[0] == rows[1] and len(rows[0]) == 6

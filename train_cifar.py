@@ -1,96 +1,210 @@
-"""Train FAR on digits, CIFAR-10 or a folder of images.
+"""Train FAR on digits, CIFAR-10, ImageNet-64, a folder of images or VAE latents; on a CPU, a GPU or many.
 
-    python train_cifar.py --data digits                          # two minutes on a laptop, writes out/digits/
-    python train_cifar.py --data cifar10                         # downloads CIFAR-10
-    python train_cifar.py --data folder --path DIR --image-size 32   # DIR/train/<class>/*.jpg
+    python train_cifar.py --data digits                                   # two minutes on a laptop, writes out/digits/
+    python train_cifar.py --data cifar10                                  # downloads CIFAR-10
+    python train_cifar.py --data folder --path DIR                        # DIR/train/<class>/*.jpg
+    torchrun --nproc_per_node=8 train_cifar.py --data imagenet64 --path DIR --compile
 
 Every setting of the model (far.FARConfig) is a flag; --data X --help shows the values that X takes by default.
 """
-import argparse
-import copy
-import csv
-import functools
-import os
-import signal
-import sys
-import time
+import argparse, copy, csv, functools, hashlib, json, os, pickle, resource, shutil, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
-from PIL import Image
+from torch.utils.benchmark import Timer
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import sample
 from far import CHOICES, FAR, FARConfig, ORDERINGS, PRESETS, check
-from sample import draw_images, head_steps, load_checkpoint, numbers, save_grid
+from sample import head_steps, load_checkpoint, load_vae, numbers, read_image, seed_of, use_device
 
 DATA = {  # data set -> default preset and training settings
     "digits": dict(preset="digits", batch=64, lr=3e-3, ema=0.999, max_minutes=2.0),
     "cifar10": dict(preset="cifar", batch=128, lr=1e-3, ema=0.9995, max_minutes=60.0),
     "folder": dict(preset="cifar", batch=128, lr=1e-3, ema=0.9995, max_minutes=60.0),
+    "imagenet64": dict(preset="imagenet64", batch=256, lr=4e-4, ema=0.9999, max_minutes=2880.0),
+    "latents": dict(preset="far_b", batch=2048, lr=8e-4, ema=0.9999, max_minutes=2880.0),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data: one uint8 tensor [n, C, H, H], labels int64 [n], names of the classes
+# Data: load(path, config, skip_bad) -> images uint8 [n, C, H, H] (or the moments of latents), labels int64 [n], dict(classes=names, ..)
 
-
-def load_digits():
+def load_digits(*_):
     """1,797 real 8 x 8 digits of the UCI optical recognition set, values 0..16 stored as 0..255."""
     d = np.load(os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "digits.npz"))
-    return torch.from_numpy(d["images"]).permute(0, 3, 1, 2), torch.from_numpy(d["labels"]), [str(k) for k in range(10)]
+    return torch.from_numpy(d["images"]).permute(0, 3, 1, 2), torch.from_numpy(d["labels"]), dict(classes=list("0123456789"))
 
-
-def load_cifar10(root):
-    """The 50,000 training images through torchvision, downloaded to root if they are not there."""
+def load_cifar10(path, *_):
+    """The 50,000 training images through torchvision, downloaded to path (default data) if they are not there."""
     try:
-        data = torchvision.datasets.CIFAR10(root, download=True)
+        data = torchvision.datasets.CIFAR10(path or "data", download=True)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"CIFAR-10 cannot be loaded from {root} or downloaded ({error}); offline, use --data digits, or --data folder --path DIR with DIR/train/<class>/*.jpg") from None
-    return torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets), data.classes
+        raise ValueError(f"CIFAR-10 cannot be loaded from {path or 'data'} or downloaded ({error}); offline: --data digits, or --data folder --path DIR") from None
+    return torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets), dict(classes=data.classes)
 
-
-def load_folder(path, size, channels):
-    """Images path/train/<class>/*, centre-cropped to a square and resized to size x size (antialiased)."""
-    root = os.path.join(path or "", "train")
-    check(path and os.path.isdir(root), f"--path {path}: there is no folder {root}; --data folder needs --path DIR with DIR/train/<class>/*.jpg")
+def list_folder(path, option):
+    """path/train/<class>/* -> torchvision's ImageFolder."""
     try:
-        data = torchvision.datasets.ImageFolder(root)
-    except FileNotFoundError as error:
-        raise ValueError(f"{root} holds no classes with images: {error}") from None
+        return torchvision.datasets.ImageFolder(os.path.join(path or "", "train"))
+    except OSError as error:
+        raise ValueError(f"{option} {path}: {error}; the folder must hold train/<class>/*.jpg") from None
 
-    def read(item):
-        try:
-            with Image.open(item[0]) as image:
-                image = image.convert({1: "L", 3: "RGB"}[channels])
-        except OSError:
-            return item[0]
-        if image.size != (size, size):
-            image = torchvision.transforms.functional.center_crop(image, min(image.size)).resize((size, size), Image.Resampling.LANCZOS)
-        return np.asarray(image).reshape(size, size, channels)
+def digest(files, *more):
+    """Changes when the names, sizes or times of the files do, or anything else given."""
+    stats = [(os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([stats, more]).encode()).hexdigest()
 
+def read_json(path):
+    """The value in a JSON file; {} if there is no whole one."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return {}
+
+def memory_map(path, key, shape, classes, chunks):
+    """data/<name>/images.npy, uint8 [n, C, H, H], filled from `chunks` (pairs of images [m, C, H, H] and m labels), and info.json. Both are
+    used again while the key is the same; built under another name, so that an interrupted build is never taken for a whole one."""
+    path = os.path.abspath(path)
+    folder = os.path.join("data", f"{os.path.basename(path)}-{'x'.join(map(str, shape[1:]))}-{hashlib.sha256(path.encode()).hexdigest()[:8]}")
+    info = read_json(os.path.join(folder, "info.json"))
+    if info.get("key") != key:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.makedirs(folder + ".part", exist_ok=True)
+        array, labels = np.lib.format.open_memmap(os.path.join(folder + ".part", "images.npy"), "w+", np.uint8, shape), []
+        for images, more in chunks:
+            array[len(labels):len(labels) + len(more)] = images
+            labels += more
+        check(labels, f"{path} holds no image that can be read")
+        array.flush()
+        info = dict(key=key, classes=classes, labels=labels)
+        Path(folder + ".part", "info.json").write_text(json.dumps(info))
+        os.replace(folder + ".part", folder)
+    images = np.load(os.path.join(folder, "images.npy"), mmap_mode="c")
+    return torch.from_numpy(images[:len(info["labels"])]), torch.tensor(info["labels"]), info
+
+def load_folder(path, config, skip_bad=False):
+    """Images path/train/<class>/*, decoded once in parallel."""
+    data = list_folder(path, "--path")
+    files, read = [file for file, _ in data.samples], functools.partial(read_image, size=config.image_size, channels=config.channels)
+    def chunks():
+        bad = []
+        with ThreadPoolExecutor() as pool:
+            for file, label, image in tqdm(zip(files, data.targets, pool.map(read, files)), total=len(files), desc="read images", unit="image"):
+                if image is None:
+                    bad.append(file)
+                else:
+                    yield image[None], [label]
+        check(skip_bad or not bad, f"{len(bad)} images cannot be read, first {', '.join(bad[:3])}: repair or remove them, or add --skip-bad")
+        if bad:
+            print(f"skipped {len(bad)} images that cannot be read:", *bad, sep="\n")
+    return memory_map(path, digest(files, skip_bad), (len(files), config.channels, config.image_size, config.image_size), data.classes, chunks())
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads pickled dicts, lists, numbers, strings and numpy arrays, and refuses everything else: a pickle can hold any program."""
+
+    def find_class(self, module, name):
+        arrays = {(f"numpy.{core}.multiarray", part) for core in ("core", "_core") for part in ("_reconstruct", "scalar")}
+        check((module, name) in arrays | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}, f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+def load_imagenet64(path, config, skip_bad=False):
+    """The official down-sampled ImageNet: path/train_data_batch_1 .. 10, pickled dicts with data uint8 [n, 12288] and labels 1..1000;
+    or folders."""
+    if os.path.isdir(os.path.join(path or "", "train")):
+        return load_folder(path, config, skip_bad)
+    files = [os.path.join(path or "", f"train_data_batch_{k}") for k in range(1, 11)]
+    check(all(map(os.path.isfile, files)), f"--path {path} must hold train_data_batch_1 .. train_data_batch_10, or train/<class>/*.png")
+    def chunks():
+        for file in tqdm(files, desc="read batches"):
+            try:
+                with open(file, "rb") as f:
+                    batch = ArrayUnpickler(f).load()
+                labels = [int(label) - 1 for label in batch["labels"]]
+                check(batch["data"].dtype == np.uint8 and batch["data"].shape == (len(labels), 12288), "data is not uint8 [n, 12288]")
+                check(min(labels) >= 0 and max(labels) < 1000, "labels lie outside 1 .. 1000")
+            except Exception as error:                                          # a damaged pickle can raise anything
+                raise ValueError(f"{file} is no batch of down-sampled ImageNet: {error}") from None
+            yield batch["data"].reshape(-1, 3, 64, 64), labels
+    most = sum(map(os.path.getsize, files)) // 12288                            # a little more than there are images
+    return memory_map(path, digest(files), (most, 3, 64, 64), [str(k) for k in range(1, 1001)], chunks())
+
+def cache_latents(root, name, out, size, device, batch=32):
+    """Runs a diffusers AutoencoderKL once over root/train/<class>/* and the mirror images: out/moments.npy float16 [n, 2, 2c, h, w] (mean
+    and log variance), out/latents.json written last. Shared out over the processes of torchrun; a restart does what is missing."""
+    data, vae, (rank, world) = list_folder(root, "--cache-latents"), load_vae(name, device), (dist.get_rank(), dist.get_world_size())
+    files = [file for file, _ in data.samples]
+    encode = torch.no_grad()(lambda x: vae.encode(x).latent_dist.parameters)
+    key, shape = digest(files, name, size), (len(files), 2, *encode(torch.zeros(1, 3, size, size, device=device)).shape[1:])
+    moments, finished = os.path.join(out, "moments.npy"), os.path.join(out, f"finished-{key[:8]}.npy")
+    if rank == 0 and not os.path.exists(finished):
+        os.makedirs(out, exist_ok=True)
+        np.lib.format.open_memmap(moments, "w+", np.float16, shape)
+        np.lib.format.open_memmap(finished, "w+", np.uint8, (len(files),))
+    dist.barrier()
+    array, done = np.load(moments, mmap_mode="r+"), np.load(finished, mmap_mode="r+")
+    todo = np.flatnonzero(done[rank::world] == 0) * world + rank
     with ThreadPoolExecutor() as pool:
-        images = list(tqdm(pool.map(read, data.samples), total=len(data.samples), desc="read images", unit="image"))
-    bad = [i for i in images if isinstance(i, str)]
-    check(not bad, f"{len(bad)} images cannot be read, first {', '.join(bad[:3])}: repair or remove them")
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(data.targets), data.classes
+        for start in tqdm(range(0, len(todo), batch), desc="encode", unit="batch", disable=rank > 0):
+            part = todo[start:start + batch]
+            images = list(pool.map(lambda i: read_image(files[i], size), part))
+            bad = [files[i] for i, image in zip(part, images) if image is None]
+            check(not bad, f"{bad[:1]} cannot be read: repair or remove it and start again")
+            x = torch.from_numpy(np.stack(images)).to(device) / 127.5 - 1
+            array[part] = torch.stack([encode(x), encode(x.flip(3))], 1).half().cpu().numpy()
+            array.flush()
+            done[part] = 1
+    dist.barrier()
+    if rank == 0:                                                               # the scale that gives latents variance 1
+        mean, log_variance = np.split(array[::max(1, len(files) // 5000)].astype(np.float64), 2, axis=2)
+        scale = float((mean.var() + np.exp(log_variance.clip(-30, 20)).mean()) ** -0.5)
+        info = dict(vae=name, scale=scale, shape=shape, classes=data.classes, labels=data.targets)
+        Path(out, "latents.json").write_text(json.dumps(info))
+        print(f"wrote {out}: {len(files)} images and their mirror images, moments {list(shape[2:])}, scale {scale:.4f}")
 
+def load_latents(path, *_):
+    info = read_json(os.path.join(path or "", "latents.json"))
+    check("scale" in info, f"--path {path}: there is no whole latents.json; make it with --cache-latents IMAGES --vae NAME --path {path}")
+    return torch.from_numpy(np.load(os.path.join(path, "moments.npy"), mmap_mode="c")), torch.tensor(info["labels"]), info
 
-def batch_at(step, n, batch, seed):
-    """Indices [batch] of step `step`: every epoch is a fresh permutation that depends on seed and epoch alone."""
-    epoch, k = divmod(step, n // batch)
-    return permutation(n, seed + epoch * 1_000_003)[k * batch:(k + 1) * batch]
-
+def make_batch(images, index, device, flip, scale=None):
+    """Images of index [B] on device; `flip` mirrors half of them; latents (scale given) are drawn from their posterior."""
+    x = images[index.to(images.device)].to(device, non_blocking=True)
+    mirror = torch.rand(len(x), 1, 1, 1, device=device) < (0.5 if flip else 0.0)
+    if scale is None:
+        return torch.where(mirror, x.flip(3), x)
+    mean, log_variance = torch.where(mirror, x[:, 1], x[:, 0]).float().chunk(2, 1)
+    return scale * (mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * torch.randn_like(mean))
 
 @functools.lru_cache(1)
-def permutation(n, seed):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
+def epoch_order(n, epoch, seed):
+    """The order [n] of an epoch: a fresh permutation that depends on epoch and seed alone."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
+def training_flops(c):
+    """Floating-point operations of one image's training step: 2 for each multiply-add of a matrix product forward, twice that backward."""
+    k, N, D, W, w, K, mix = c.levels_per_image or len(c.levels), c.num_tokens, c.token_dim, c.width, c.head_width, c.cond_tokens, c.head_mixing
+    sequences, length = (k, K + N) if c.attention == "markov" else (1, K + k * N)
+    transformer = k * N * 2 * D * W + c.depth * sequences * length * (24 * W * W + 4 * length * W)
+    steered = 1 if mix else N                                                   # modulations a level and draw
+    block = N * (16 * w * w + mix * (8 * w * w + 4 * N * w)) + steered * (12 if mix else 6) * w * w
+    drawn = N * 4 * D * w + steered * (6 * w * w + 128 * w) + c.head_depth * block
+    return 3 * (transformer + k * (2 * (N + mix) * W * w + c.head_draws * drawn))
+
+def matmul_rate(device, dtype):
+    """Floating-point operations a second of a large matrix product: the peak that training is measured against."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n ** 3 / Timer("a @ a", globals=dict(a=a), num_threads=torch.get_num_threads()).blocked_autorange().median
 
 def make_optimizer(model, lr, weight_decay):
     """AdamW (0.9, 0.95); weight decay on the weights of linear layers only: none on biases, norms and embeddings."""
@@ -99,217 +213,185 @@ def make_optimizer(model, lr, weight_decay):
     return torch.optim.AdamW([dict(params=groups[0], weight_decay=weight_decay), dict(params=groups[1], weight_decay=0.0)],
                              lr=lr, betas=(0.9, 0.95), fused=True)
 
-
-def save_checkpoint(path, model, ema, optimizer, state):
-    """Written under a temporary name, then renamed: a checkpoint is whole or not there."""
-    rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-    torch.save(dict(config=model.config.to_dict(), model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), rng=rng, **state), path + ".part")
-    os.replace(path + ".part", path)
-
-
-def open_log(path, levels, step):
-    """log.csv, opened to go on after `step`: lines that a stopped run wrote after its last checkpoint are dropped."""
-    rows = [["step", "seconds", "images_per_second", "loss", *(f"level_{i + 1}" for i in range(levels))]]
-    if step and os.path.exists(path):
-        with open(path, newline="") as f:
-            rows += [row for row in list(csv.reader(f))[1:] if int(row[0]) <= step]
-    log = open(path, "w", newline="")
-    csv.writer(log).writerows(rows)
-    return log
-
-
-def train(args, config, images, labels):
-    """Trains until --steps or --max-minutes, keeps args.out/ckpt.pt and log.csv; returns the EMA model."""
-    device, ckpt = torch.device(args.device), os.path.join(args.out, "ckpt.pt")
-    torch.manual_seed(args.seed)
+def train(args, config, images, labels, info):
+    """Trains until --steps or --max-minutes; rank 0 keeps args.out/ckpt.pt and log.csv."""
+    device, ckpt, rank, world = args.device, os.path.join(args.out, "ckpt.pt"), dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(args.seed)                                                # the same first weights on every rank
     model = FAR(config).to(device)
-    if config.target == "residual":
-        model.set_residual_scale(images[:2000])
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    state = dict(step=0, seconds=0.0, seed=args.seed, batch=args.batch)
+    model.set_residual_scale(make_batch(images, torch.arange(min(2000, len(images))), device, False, info.get("scale")))
+    ema, optimizer = copy.deepcopy(model).eval().requires_grad_(False), make_optimizer(model, args.lr, args.weight_decay)
+    state = dict(step=0, seconds=0.0, log=[], seed=args.seed, batch=args.batch, latents={name: info[name] for name in ("vae", "scale") if name in info})
     if args.resume:
         ema, state = load_checkpoint(ckpt, device)
-        ema.requires_grad_(False)
         model.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
-        for group in optimizer.param_groups:
-            group["weight_decay"] = args.weight_decay if group["weight_decay"] else 0.0
-        rng = state.pop("rng")
-        torch.set_rng_state(rng["cpu"])
-        if rng["cuda"] and device.type == "cuda":
-            torch.cuda.set_rng_state_all(rng["cuda"])
-        state.pop("config")
-    limit, start = 60 * args.max_minutes if args.max_minutes else float("inf"), time.perf_counter() - state["seconds"]
-    steps = args.steps or float("inf")
-    images, labels = images.to(device), labels.to(device) if config.num_classes else None
-    averaged = [(e, p.detach()) for e, p in zip(ema.parameters(), model.parameters())]
-    log = open_log(os.path.join(args.out, "log.csv"), len(config.levels), state["step"])
+        optimizer.param_groups[0]["weight_decay"] = args.weight_decay
+        del state["config"]
+    averaged = list(ema.parameters()), [p.detach() for p in model.parameters()]
+    if args.checkpoint_activations:
+        for block in (*model.transformer.blocks, *model.head.blocks):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    network = torch.compile(model) if args.compile else model
+    if world > 1:
+        network = torch.nn.parallel.DistributedDataParallel(network)
+    if device.type == "cuda" and images.nbytes < 0.4 * torch.cuda.mem_get_info(device)[0]:
+        images, labels = images.to(device), labels.to(device)
+    share = training_flops(config) / world / matmul_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
+    steps, limit = args.steps or float("inf"), 60 * args.max_minutes if args.max_minutes else float("inf")
+    log = open(os.path.join(args.out, "log.csv") if rank == 0 else os.devnull, "w", buffering=1, newline="")
     writer = csv.writer(log)
-    bar = tqdm(total=round(limit) if args.steps is None else args.steps, initial=round(state["seconds"]) if args.steps is None else state["step"],
-               unit="s" if args.steps is None else "step", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} {unit}{postfix}")
-    saved, total, marked, mark_step = time.perf_counter(), torch.zeros((), device=device), time.perf_counter(), state["step"]
-    interrupted = []
+    writer.writerow(["step", "seconds", "images_per_second", "loss", *(f"level_{i + 1}" for i in range(len(config.levels)))])
+    writer.writerows(state["log"])
+    bar = tqdm(total=args.steps or round(limit), unit="step" if args.steps else "s", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} {unit}, {remaining} left{postfix}", disable=rank > 0)
+    interrupted, done, total = [], False, torch.zeros((), device=device)
     handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(1))    # Ctrl-C: finish the step in hand, save, stop
-    model.train()
-    try:
-        while state["step"] < steps and state["seconds"] < limit and not interrupted:
-            index = batch_at(state["step"], len(images), args.batch, args.seed).to(device)
-            x, y = images[index], labels[index] if config.num_classes else None
-            if args.flip:
-                x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
-            progress = max(state["step"] / steps, state["seconds"] / limit)
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1.0, (state["step"] + 1) / args.warmup) * (1 - progress if args.lr_schedule == "linear" else 1)
+    start = time.perf_counter() - state["seconds"]
+    logged, saved = (state["step"], state["seconds"]), state["seconds"]
+    while not done:
+        torch.manual_seed(seed_of(args.seed, rank, state["step"]))              # a resumed run draws what it would have drawn
+        progress = max(state["step"] / steps, state["seconds"] / limit)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (state["step"] + 1) / args.warmup) * (1 - progress if args.lr_schedule == "linear" else 1)
+        epoch, k = divmod(state["step"], len(images) // args.batch)
+        batch = epoch_order(len(images), epoch, args.seed)[k * args.batch:(k + 1) * args.batch]
+        parts = batch.view(args.grad_accum, world, -1)[:, rank]
+        optimizer.zero_grad(set_to_none=True)
+        for n, index in enumerate(parts, 1):
+            x = make_batch(images, index, device, args.flip, info.get("scale"))
+            y = labels[index.to(labels.device)].to(device, non_blocking=True) if config.num_classes else None
+            network.require_backward_grad_sync = n == len(parts)                # DDP averages gradients once a step
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                loss = model(x, y)
-            optimizer.zero_grad(set_to_none=True)
+                loss = network(x, y) / len(parts)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            optimizer.step()
-            state["step"] += 1
-            decay = min(args.ema, (1 + state["step"]) / (10 + state["step"]))
-            torch._foreach_lerp_([e for e, _ in averaged], [p for _, p in averaged], 1 - decay)
             total += loss.detach()
-            now = time.perf_counter()
-            state["seconds"] = now - start
-            if state["step"] % args.log_every == 0:
-                mean, rate = total.item() / (state["step"] - mark_step), (state["step"] - mark_step) * args.batch / (now - marked)
-                check(np.isfinite(mean), f"the loss is {mean} at step {state['step']}; {ckpt} holds the last good state: lower --lr and add --resume")
-                with torch.no_grad():
-                    by_level = model.level_losses(x, y).tolist()
-                writer.writerow([state["step"], f"{state['seconds']:.1f}", f"{rate:.0f}", f"{mean:.5f}", *(f"{v:.5f}" for v in by_level)])
-                log.flush()
-                left = (steps - state["step"]) / rate * args.batch if args.steps else limit - state["seconds"]
-                bar.set_postfix_str(f"step {state['step']}, loss {mean:.4f}, {rate:.0f} images/s, {left:.0f} s left")
-                bar.n = state["step"] if args.steps else round(state["seconds"])
-                bar.refresh()
-                total.zero_()
-                marked, mark_step = time.perf_counter(), state["step"]
-                if now - saved > 60 * args.save_minutes:                        # here the loss is known to be finite
-                    save_checkpoint(ckpt, model, ema, optimizer, state)
-                    saved = time.perf_counter()
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        bar.close()
-        log.close()
-    check(torch.isfinite(total), f"the loss is {total} at step {state['step']}; lower --lr")
-    save_checkpoint(ckpt, model, ema, optimizer, state)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        state["step"] += 1
+        torch._foreach_lerp_(*averaged, 1 - min(args.ema, (1 + state["step"]) / (10 + state["step"])))
+        clock = torch.tensor([time.perf_counter() - start, len(interrupted)], dtype=torch.float64)
+        dist.broadcast(clock, 0)                                                # all ranks stop at the same step
+        state["seconds"], stop = clock.tolist()
+        done = state["step"] >= steps or state["seconds"] >= limit or stop > 0
+        bar.update((state["step"] if args.steps else round(state["seconds"])) - bar.n)
+        if done or state["step"] % args.log_every == 0:
+            mean, count = total.cpu(), state["step"] - logged[0]
+            dist.all_reduce(mean)
+            mean, rate = mean.item() / world / count, count * args.batch / (state["seconds"] - logged[1])
+            with torch.no_grad():
+                by_level = model.level_losses(x[:256], None if y is None else y[:256]).tolist()
+            bad = [i + 1 for i, value in enumerate(by_level) if not np.isfinite(value)]
+            kept = f"{ckpt} holds the last good state, for --resume" if os.path.exists(ckpt) else "nothing was saved yet"
+            check(np.isfinite(mean) and not bad, f"the loss is {mean} at step {state['step']}, not finite at levels {bad}: lower --lr; {kept}")
+            state["log"].append([state["step"], round(state["seconds"], 1), round(rate, 1), round(mean, 5), *(round(value, 5) for value in by_level)])
+            writer.writerow(state["log"][-1])
+            bar.set_postfix_str(f"step {state['step']}, loss {mean:.4f}, {rate:.0f} images/s, {100 * rate * share:.0f} % of peak", refresh=False)
+            logged = state["step"], state["seconds"]
+            total.zero_()
+            if rank == 0 and (done or state["seconds"] - saved > 60 * args.save_minutes):
+                torch.save(dict(state, config=config.to_dict(), model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()), ckpt + ".part")
+                os.replace(ckpt + ".part", ckpt)                                # the checkpoint is whole or not there, and its loss finite
+                saved = state["seconds"]
+    signal.signal(signal.SIGINT, handler)
+    bar.close()
+    log.close()
     if interrupted:
         sys.exit(f"stopped at step {state['step']}, saved in {ckpt}; --resume goes on from there")
-    return ema
-
-
-def pictures(model, out, seed):
-    """samples.png: ten images of each of the first ten classes, a row a class; levels.png: one image a class, columns x_1 .. x_F."""
-    c = model.config
-    classes = min(c.num_classes, 10)
-    labels = torch.arange(classes).repeat_interleave(10) if classes else 100
-    levels = torch.cat([images for _, images in draw_images(model, labels, seed, return_levels=True)])
-    save_grid(levels[:, -1], os.path.join(out, "samples.png"), 10)
-    save_grid(levels[::10].flatten(0, 1), os.path.join(out, "levels.png"), len(c.levels))
-
+    if rank == 0:
+        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(f"wrote {ckpt} and {log.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {rate:.3g} images/s, peak memory {memory / 2 ** 30:.2f} GiB")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
-
 def parse_args(argv=None):
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--data", choices=DATA, default="digits")
-    first.add_argument("--preset", choices=PRESETS)
-    first.add_argument("--paper", action="store_true")
-    chosen, _ = first.parse_known_args(argv)
-    defaults = DATA[chosen.data]
-    config = FARConfig.preset(chosen.preset or defaults["preset"], paper=chosen.paper)
-
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False)
     p.add_argument("--data", choices=DATA, default="digits", help="default: %(default)s")
-    p.add_argument("--path", help="folder of --data folder; where --data cifar10 is or goes (default there: data)")
-    p.add_argument("--preset", choices=PRESETS, help=f"default: {defaults['preset']}")
+    p.add_argument("--preset", choices=PRESETS, help="default: what fits --data")
     p.add_argument("--paper", action="store_true", help="the paper's choices in place of the defaults")
+    chosen, _ = p.parse_known_args(argv)                                        # sets the defaults of what follows
+    defaults = DATA[chosen.data]
+    config = FARConfig.preset(chosen.preset or defaults["preset"], chosen.paper)
+    p.add_argument("-h", "--help", action="help")
+    p.add_argument("--path", help="folder of the data; where --data cifar10 is or goes (default there: data)")
+    p.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
+    p.add_argument("--cache-latents", metavar="DIR", help="encode DIR/train/<class>/* with --vae into --path, for --data latents; trains nothing")
+    p.add_argument("--vae", help="name or folder of a diffusers AutoencoderKL")
     p.add_argument("--steps", type=int, help="stop after so many steps (default: no bound)")
     p.add_argument("--max-minutes", type=float, help=f"stop after so long (default: {defaults['max_minutes']:g}, none with --steps)")
-    p.add_argument("--out", help=f"folder to write (default: out/{chosen.data})")
+    p.add_argument("--out", default=os.path.join("out", chosen.data), help="folder to write (default: %(default)s)")
     p.add_argument("--resume", action="store_true", help="continue the run in --out; the model's settings come from there")
     p.add_argument("--overwrite", action="store_true", help="start again although --out holds a run")
-    p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    p.add_argument("--batch", type=int, default=defaults["batch"], help="images a step (default: %(default)s)")
-    p.add_argument("--lr", type=float, default=defaults["lr"], help="learning rate (default: %(default)s)")
-    p.add_argument("--lr-schedule", choices=("linear", "constant"), help="linear falls to 0 at the end of the run (default: linear with --max-minutes; constant with --steps alone, so that a run resumed with more steps equals one that never stopped)")
-    p.add_argument("--warmup", type=int, default=100, help="steps of rising learning rate (default: %(default)s)")
-    p.add_argument("--weight-decay", type=float, default=0.02, help="default: %(default)s")
-    p.add_argument("--clip", type=float, default=1.0, help="bound on the gradient's norm (default: %(default)s)")
-    p.add_argument("--ema", type=float, default=defaults["ema"], help="decay of the averaged weights (default: %(default)s)")
+    p.add_argument("--lr-schedule", choices=("linear", "constant"), help="linear (default with --max-minutes) falls to 0 at the end; constant: default with --steps alone")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA)")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=chosen.data != "digits", help="mirror half of the images")
-    p.add_argument("--log-every", type=int, default=100, help="steps between lines of log.csv (default: %(default)s)")
-    p.add_argument("--save-minutes", type=float, default=5.0, help="minutes between checkpoints (default: %(default)s)")
+    p.add_argument("--compile", action="store_true", help="torch.compile the model")
+    p.add_argument("--checkpoint-activations", action="store_true", help="less memory, a third more arithmetic")
+    for name, default, text in (("batch", defaults["batch"], "images a step, over all processes"), ("grad_accum", 1, "parts that a process splits its share of a batch into"),
+                                ("seed", 0, "of weights, order and noise"), ("lr", defaults["lr"], "learning rate"), ("warmup", 100, "steps of rising learning rate"),
+                                ("weight_decay", 0.02, "of AdamW"), ("clip", 1.0, "bound on the gradient's norm"), ("ema", defaults["ema"], "decay of the averaged weights"),
+                                ("log_every", 100, "steps between lines of log.csv"), ("save_minutes", 5.0, "minutes between checkpoints")):
+        p.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=f"{text} (default: %(default)s)")
     group = p.add_argument_group("model settings (far.FARConfig); defaults as --data, --preset and --paper set them")
     for f in fields(FARConfig):
         value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
-        if f.type is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=f"default: {value}")
-        else:
-            kind = {"levels": numbers(float), "temperature": numbers(float), "head_steps": head_steps}.get(f.name, f.type)
-            group.add_argument(flag, type=kind, choices=CHOICES.get(f.name) or (ORDERINGS if f.name == "ordering" else None), help=f"default: {value}")
+        kind = {"levels": numbers(float, alone=False), "temperature": numbers(float), "head_steps": head_steps}.get(f.name, f.type)
+        options = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices={**CHOICES, "ordering": ORDERINGS}.get(f.name))
+        group.add_argument(flag, help=f"default: {value}", **options)
     args = p.parse_args(argv)
-    args.out = args.out or os.path.join("out", args.data)
     args.bf16 = args.device.startswith("cuda") if args.bf16 is None else args.bf16
-    if args.max_minutes is None and args.steps is None:
-        args.max_minutes = defaults["max_minutes"]
+    args.max_minutes = defaults["max_minutes"] if args.max_minutes is None and args.steps is None else args.max_minutes
     args.lr_schedule = args.lr_schedule or ("linear" if args.max_minutes else "constant")
-    args.overrides = {f.name: getattr(args, f.name) for f in fields(FARConfig) if getattr(args, f.name) is not None}
-    if isinstance(args.overrides.get("levels"), float):
-        args.overrides["levels"] = [args.overrides["levels"]]
-    args.preset = args.preset or defaults["preset"]
+    args.given = {f.name: getattr(args, f.name) for f in fields(FARConfig) if getattr(args, f.name) is not None}
+    args.config = FARConfig.preset(chosen.preset or defaults["preset"], args.paper, **args.given)
     return args
-
 
 def main(argv=None):
     args = parse_args(argv)
-    ckpt = os.path.join(args.out, "ckpt.pt")
-    for name in "steps max_minutes batch lr warmup log_every clip save_minutes".split():
+    config, ckpt, world = args.config, os.path.join(args.out, "ckpt.pt"), int(os.environ.get("WORLD_SIZE", 1))
+    for name in "steps max_minutes batch grad_accum lr warmup log_every clip save_minutes".split():
         check(getattr(args, name) is None or getattr(args, name) > 0, f"--{name.replace('_', '-')} must be above 0")
     check(0 <= args.ema < 1, f"--ema is {args.ema}; it must lie in [0, 1)")
+    check(args.batch % (args.grad_accum * world) == 0, f"--batch {args.batch} is not divisible by --grad-accum {args.grad_accum} times {world} processes")
     check(not (args.resume and args.overwrite), "--resume and --overwrite exclude each other")
+    args.device = use_device(args.device)
+    if not dist.is_initialized():                                               # a single process is a group of one
+        dist.init_process_group(timeout=timedelta(hours=12), **({} if world > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)))
+    if args.cache_latents:
+        check(args.vae and args.path, "--cache-latents needs --vae, a name or folder, and --path, the folder to write")
+        return cache_latents(args.cache_latents, args.vae, args.path, args.image_size or 256, args.device)
     check(args.resume or args.overwrite or not os.path.exists(ckpt), f"{ckpt} exists: add --resume to continue it, --overwrite to start again, or choose another --out")
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} is not usable here: {str(error).splitlines()[0]}") from None
     if args.resume:
         model, state = load_checkpoint(ckpt)
         check("optimizer" in state, f"{ckpt} holds weights alone and cannot be resumed")
         config = model.config
-        for name, value in args.overrides.items():
+        for name, value in args.given.items():
             check(getattr(config, name) == (tuple(value) if name == "levels" else value), f"--{name.replace('_', '-')} {value} contradicts the run in {args.out}, which has {getattr(config, name)}")
         check((args.seed, args.batch) == (state["seed"], state["batch"]), f"the run in {args.out} has --seed {state['seed']} --batch {state['batch']}: give the same")
         check((args.steps or float("inf")) > state["step"] and (args.max_minutes or float("inf")) * 60 > state["seconds"],
               f"the run in {args.out} is finished, with {state['step']} steps in {state['seconds'] / 60:.1f} minutes: raise --steps or --max-minutes")
-    else:
-        config = FARConfig.preset(args.preset, args.paper, **args.overrides)
-    if args.data == "digits":
-        images, labels, classes = load_digits()
-    elif args.data == "cifar10":
-        images, labels, classes = load_cifar10(args.path or "data")
-    else:
-        images, labels, classes = load_folder(args.path, config.image_size, config.channels)
-    check(images.shape[1:] == (config.channels, config.image_size, config.image_size),
-          f"--data {args.data} has images of {list(images.shape[1:])}, the model takes [{config.channels}, {config.image_size}, {config.image_size}]: choose another --preset or --image-size and --channels")
-    if config.num_classes != len(classes) and "num_classes" not in args.overrides and not args.resume:
-        config = FARConfig.from_dict({**config.to_dict(), "num_classes": len(classes)})
-    check(config.num_classes == 0 or config.num_classes >= len(classes), f"{len(classes)} classes of images, but num_classes is {config.num_classes}")
+    for turn in range(2):                                                       # rank 0 first: it builds what the others map
+        if turn == min(dist.get_rank(), 1):
+            images, labels, info = globals()["load_" + args.data](args.path, config, args.skip_bad)
+        dist.barrier()
+    shape = (images.shape[2] // 2, *images.shape[3:]) if "scale" in info else images.shape[1:]
+    check(tuple(shape) == (config.channels, config.image_size, config.image_size),
+          f"--data {args.data} has images of {list(shape)}, the model takes [{config.channels}, {config.image_size}, {config.image_size}]: choose another --preset or --image-size and --channels")
+    classes = len(info["classes"])
+    if "num_classes" not in args.given and not args.resume:
+        config.num_classes = classes
+    check(config.num_classes == 0 or config.num_classes >= classes, f"{classes} classes of images, but num_classes is {config.num_classes}")
     check(args.batch <= len(images), f"--batch {args.batch} is more than the {len(images)} images")
+    if "vae" in info:
+        load_vae(info["vae"])                                                   # an error now, not after the training
     os.makedirs(args.out, exist_ok=True)
-    model = train(args, config, images, labels)
-    pictures(model, args.out, args.seed)
-    print("wrote", *(os.path.join(args.out, name) for name in ("ckpt.pt", "log.csv", "samples.png", "levels.png")))
-
+    train(args, config, images, labels, info)
+    if dist.get_rank() == 0:
+        sample.main(["--ckpt", ckpt, "--out", args.out, "--levels", "--seed", str(args.seed), "--device", str(args.device)])
 
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+        dist.destroy_process_group()
+    except (ValueError, OSError) as error:
         sys.exit(f"train_cifar.py: {error}")
