@@ -3,7 +3,8 @@
 An image is generated from low to high frequencies. Level i shows x_i, the image low-passed to a share keep_i of its
 bandwidth; x_0 = 0 and x_F is the image. A transformer reads x_0 .. x_i and says z_i, one vector a token (`Transformer`);
 a small diffusion network draws the image's tokens given z_i (`DiffusionHead`); a spectral filter turns the draw into x_{i+1}
-(`ORDERINGS`). `FAR.forward` is the training loss, `FAR.sample` the generation loop. The file reads top to bottom in that order.
+(`ORDERINGS`). `FAR.forward` is the training loss, `FAR.sample` the generation loop. The file reads top to bottom in that order. Two shortcuts
+measured better and are the default: the transformer sees x_i alone (`attention="markov"`), the head draws a level's tokens jointly (`head_mixing`).
 
 Letters as in the paper: B batch, C channels, H side, p patch side, N = (H/p)^2 tokens of D = C p^2 numbers, F levels, W width.
 """
@@ -12,7 +13,6 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Orderings: x_i = P_i x, a chain of nested projections from nothing to the whole image
@@ -29,17 +29,16 @@ def fourier(x, keep, disc=False):
     return torch.fft.ifft2(torch.fft.fft2(x) * (radius <= keep * H / 2 + 1e-6)).real
 
 def dct(x, keep):
-    """Low-pass in the orthonormal 2-D DCT-II: keeps the coefficients with both indices < keep H; no wrap-around at the borders.
+    """Low-pass in the orthonormal 2-D DCT-II: keeps the coefficients with both indices < keep H. That is the Fourier low-pass of the
+    image beside its mirror images, so nothing wraps around at the borders.
 
     x [B, C, H, H] -> [B, C, H, H]; keep in [0, 1], 0 gives zeros and 1 gives x."""
-    if keep >= 1:
-        return x.clone()
+    if keep <= 0 or keep >= 1:
+        return x * (keep >= 1)
     H = x.shape[-1]
-    k, n = torch.arange(H, device=x.device)[:, None], torch.arange(H, device=x.device)
-    basis = torch.cos(math.pi / (2 * H) * (k * (2 * n + 1) % (4 * H)).to(x.dtype)) * (2 / H) ** 0.5   # row k is the k-th cosine
-    basis[0] /= 2 ** 0.5
-    basis = basis[:math.ceil(keep * H - 1e-6)]
-    return basis.T @ (basis @ x @ basis.T) @ basis
+    x = torch.cat([x, x.flip(3)], 3)
+    low = torch.fft.fftfreq(2 * H, 1 / (2 * H), device=x.device).abs() < keep * H - 1e-6    # the k-th cosine has k/2 cycles per image
+    return torch.fft.ifft2(torch.fft.fft2(torch.cat([x, x.flip(2)], 2)) * (low[:, None] & low)).real[..., :H, :H]
 
 def resize(x, keep):
     """Area down-sampling to k x k, k = max(1, round(keep H)), and bicubic up-sampling: what the published code runs.
@@ -48,7 +47,7 @@ def resize(x, keep):
     if keep <= 0 or keep >= 1:
         return x * (keep >= 1)
     k = max(1, round(keep * x.shape[-1]))
-    return F.interpolate(F.interpolate(x, size=(k, k), mode="area"), size=x.shape[-2:], mode="bicubic")
+    return nn.functional.interpolate(nn.functional.interpolate(x, size=(k, k), mode="area"), size=x.shape[-2:], mode="bicubic")
 
 ORDERINGS = {"fourier": fourier, "dct": dct, "resize": resize}  # name -> ordering(x [B, C, H, H], keep) -> [B, C, H, H]
 
@@ -79,15 +78,16 @@ def check_ordering(fn, size, channels=3):
 # Settings
 
 PAPER_LEVELS = tuple(side / 16 for side in (2, 3, 4, 5, 6, 7, 8, 9, 10, 16))  # 10 steps on the paper's 16 x 16 token grid
-PAPER = dict(levels=PAPER_LEVELS, ordering="fourier", attention="causal", levels_per_image=0, head_mixing=False, head_draws=4, target="full",
-             prediction="eps", schedule="cosine", solver="ddpm", head_steps="paper", temperature=1.0, mask="text", loss_weighting=True)
+PAPER = dict(levels=PAPER_LEVELS, attention="causal", head_mixing=False, head_draws=4, target="full", prediction="eps", schedule="cosine",
+             solver="ddpm", head_steps="paper", temperature="paper", mask="text", loss_weighting=True)
 LATENTS = dict(image_size=16, channels=16, patch_size=1, num_classes=1000, levels=PAPER_LEVELS, cond_tokens=64, attention="causal",
-               levels_per_image=0, head_mixing=False, head_draws=4, dropout=0.1)
+               ordering="resize",                                               # a Fourier square of 16 x 16 tells 6 of the 10 levels apart
+               head_mixing=False, head_draws=4, dropout=0.1)
 PRESETS = {
     "digits": dict(image_size=8, channels=1, levels=(0.25, 0.5, 1.0), ordering="dct", width=128, depth=1, heads=4, head_width=128, head_depth=4,
-                   head_steps=32, temperature=1.08),
-    "cifar": dict(),
-    "imagenet64": dict(image_size=64, num_classes=1000, width=768, depth=8, heads=12, head_width=768, head_depth=8),
+                   levels_per_image=1, head_steps=32, temperature=1.08),
+    "cifar": dict(levels_per_image=1),
+    "imagenet64": dict(image_size=64, num_classes=1000, levels_per_image=1, width=768, depth=8, heads=12, head_width=768, head_depth=8),
     "far_b": dict(LATENTS, width=768, depth=24, heads=12, head_width=1024, head_depth=3),
     "far_l": dict(LATENTS, width=1024, depth=32, heads=16, head_width=1024, head_depth=4),
     "far_h": dict(LATENTS, width=1280, depth=40, heads=16, head_width=1024, head_depth=6),
@@ -101,7 +101,7 @@ def check(ok, message):
 
 @dataclass
 class FARConfig:
-    """All settings of a model; the defaults are the `cifar` preset. Raises ValueError on impossible settings."""
+    """All settings of a model; the defaults are the `cifar` preset but for levels_per_image. Raises ValueError on impossible settings."""
     image_size: int = 32                # H
     channels: int = 3                   # C
     patch_size: int = 4                 # p
@@ -112,10 +112,10 @@ class FARConfig:
     depth: int = 4
     heads: int = 8                      # attention heads of the transformer and of a mixing head
     dropout: float = 0.0
-    cond_tokens: int = 0                # K tokens of condition in front of all levels
+    cond_tokens: int = 0                # K tokens in front of all levels: copies of the class, or embeddings; 0: the class is only added
     cond_dim: int = 0                   # > 0: labels are embeddings [B, K, cond_dim], e.g. of a text
     attention: str = "markov"           # causal: a level sees itself and all earlier ones; markov: itself alone
-    levels_per_image: int = 1           # markov: random levels trained per image and step; 0 = all
+    levels_per_image: int = 0           # markov: random levels trained per image and step; 0 (and always with causal): all
     head_width: int = 256               # diffusion head
     head_depth: int = 6
     head_mixing: bool = True            # tokens of a level attend to each other in the head
@@ -127,26 +127,27 @@ class FARConfig:
     loss_weighting: bool = False        # w_i of loss_weights
     label_dropout: float = 0.1          # share of labels dropped, for guidance
     solver: str = "dpmpp_2m"            # defaults of FAR.sample
-    head_steps: object = 16             # int, one int a level, or "paper"
-    temperature: object = 1.0           # float, or one a level
+    head_steps: object = 16             # int, one int a level, or "paper" (40 to 100)
+    temperature: object = 1.0           # float, one a level, or "paper" (0.8 to 1)
 
     def __post_init__(self):
-        self.levels = tuple(self.levels)
+        check(isinstance(self.levels, (tuple, list)), f"levels are {self.levels!r}; they must be a list that ends with 1")
+        self.levels = tuple(map(float, self.levels))
         for name, allowed in {**CHOICES, "ordering": ORDERINGS}.items():
             check(getattr(self, name) in allowed, f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         for f in fields(self):
             value, least = getattr(self, f.name), 0 if f.name in ("num_classes", "cond_tokens", "cond_dim", "levels_per_image") else 1
             check(f.type is not int or isinstance(value, int) and value >= least, f"{f.name} is {value!r}; it must be a whole number of at least {least}")
-            check(f.type is not float or 0 <= value <= 1, f"{f.name} is {value!r}; it must lie in [0, 1]")
+            check(f.type is not float or isinstance(value, (int, float)) and 0 <= value <= 1, f"{f.name} is {value!r}; it must lie in [0, 1]")
+            check(f.type is not bool or isinstance(value, bool), f"{f.name} is {value!r}; it must be True or False")
         check(self.image_size % self.patch_size == 0, f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
         check(self.width % self.heads == 0, f"width {self.width} is not divisible by heads {self.heads}")
         check(self.head_width % self.heads == 0 or not self.head_mixing, f"head_width {self.head_width} is not divisible by heads {self.heads}")
         check(len(self.levels) > 0 and all(a < b for a, b in zip((0, *self.levels), self.levels)) and self.levels[-1] == 1,
               f"levels are {self.levels}; they must increase from above 0 to exactly 1")
         check(self.levels_per_image <= len(self.levels), f"levels_per_image is {self.levels_per_image}, more than the {len(self.levels)} levels")
-        check(self.attention == "markov" or self.levels_per_image == 0, "levels_per_image needs attention='markov': causal attention trains all levels (0)")
         check(self.cond_dim == 0 or self.cond_tokens > 0, "cond_dim needs cond_tokens, the number of embeddings a sample")
-        per_level(self.head_steps, len(self.levels), "head_steps", int, 1)
+        per_level(self.head_steps, len(self.levels), "head_steps")
         per_level(self.temperature, len(self.levels), "temperature")
 
     @property
@@ -159,7 +160,8 @@ class FARConfig:
 
     @classmethod
     def preset(cls, name, paper=False, **overrides):
-        """A named configuration: digits, cifar, imagenet64, far_b, far_l, far_h. `paper` takes the paper's choices (PAPER), overrides win."""
+        """A named configuration: digits, cifar, imagenet64, far_b, far_l, far_h. `paper` takes the paper's choices (PAPER), overrides win.
+        The ordering stays the preset's."""
         check(name in PRESETS, f"preset is {name!r}; allowed: {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **(PAPER if paper else {}), **overrides})
 
@@ -184,7 +186,7 @@ def patchify(x, p):
 def unpatchify(tokens, p, channels):
     """Tokens [B, N, C p^2] -> square image [B, C, H, H]: the inverse of `patchify`."""
     G = math.isqrt(tokens.shape[1])
-    return tokens.reshape(-1, G, G, channels, p, p).permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, G * p, G * p)
+    return tokens.reshape(len(tokens), G, G, channels, p, p).permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), channels, G * p, G * p)
 
 def block_causal_mask(num_levels, num_tokens, markov=False):
     """Bool [F N, F N], True = query (row) may attend to key (column): level(q) >= level(k), or level(q) == level(k) with `markov`."""
@@ -211,12 +213,14 @@ def head_step_schedule(F, low=40, high=100):
     """Frequency-aware head steps: list of F whole numbers rising linearly from low to high (mean 70); F = 1 gives [high]."""
     return [round(low + (high - low) * i / (F - 1)) for i in range(F)] if F > 1 else [high]
 
-def per_level(value, F, name, kind=(int, float), least=0):
-    """One number for all levels, or a sequence of one a level ("paper": head_step_schedule) -> list of F; ValueError otherwise."""
-    value = head_step_schedule(F) if value == "paper" and kind is int else value
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * F
+def per_level(value, F, name):
+    """A setting of every level: one number for all, a sequence of F, or "paper" (head_steps 40 to 100, temperature 0.8 to 1) -> list of F.
+    Whole numbers of at least 1 for head_steps, numbers of at least 0 otherwise; ValueError for anything else."""
+    kind, least, paper = (int, 1, head_step_schedule(F)) if name == "head_steps" else ((int, float), 0, [1 - 0.2 * (F - i) / max(F - 1, 1) for i in range(1, F + 1)])
+    value = paper if isinstance(value, str) and value == "paper" else value.tolist() if hasattr(value, "tolist") else value
+    values = list(value) if isinstance(value, (list, tuple, range)) else [value] * F
     check(len(values) == F and all(isinstance(v, kind) and v >= least for v in values),
-          f"{name} is {value!r}; it must be a number of at least {least}, or one for each of {F} levels" + (", whole, or 'paper'" if kind is int else ""))
+          f"{name} is {value!r}; it must be a{' whole' if kind is int else ''} number of at least {least}, or one for each of {F} levels, or 'paper'")
     return values
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -236,11 +240,11 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = (torch.cat([cache[name], new], 2) if cache else new for name, new in (("k", k), ("v", v)))
             cache.update(k=k, v=v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(S, T, W))
 
-def mlp(width, hidden, out):
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))
+def mlp(width):
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 class Block(nn.Module):
     """Pre-norm transformer block, [S, T, W] -> [S, T, W]."""
@@ -248,7 +252,7 @@ class Block(nn.Module):
     def __init__(self, width, heads, dropout):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads, dropout)
-        self.norm2, self.mlp, self.dropout = nn.LayerNorm(width), mlp(width, 4 * width, width), nn.Dropout(dropout)
+        self.norm2, self.mlp, self.dropout = nn.LayerNorm(width), mlp(width), nn.Dropout(dropout)
 
     def forward(self, x, mask=None, cache=None):
         x = x + self.dropout(self.attention(self.norm1(x), mask, cache))
@@ -276,7 +280,7 @@ class Transformer(nn.Module):
 
     def condition(self, labels, dropped):
         """labels int64 [B] or float [B, K, cond_dim], dropped bool [B] -> embeddings [B, 1 or K, W] of the label or of "no label"."""
-        label = self.label(labels) if self.c.cond_dim else self.label(labels)[:, None]
+        label = self.label(labels.float()) if self.c.cond_dim else self.label(labels)[:, None]
         return torch.where(dropped[:, None, None], self.no_label, label)
 
     def embed(self, tokens, level, cond):
@@ -301,7 +305,7 @@ class Transformer(nn.Module):
         else:
             x = x.flatten(1, 2)
             if cache is None:
-                mask = F.pad(block_causal_mask(k, N).to(x.device), (K, 0, K, 0), value=True)
+                mask = nn.functional.pad(block_causal_mask(k, N).to(x.device), (K, 0, K, 0), value=True)
                 mask[:K, K:] = False                                            # all see the condition block, which sees itself
         if cache is None:
             pieces, cache = [torch.cat([cond, x], 1)], [None] * len(self.blocks)
@@ -317,18 +321,21 @@ class Transformer(nn.Module):
 
 class Path:
     """Noise schedule and prediction type. linear: alpha = 1 - t, sigma = t (flow matching); cosine: Nichol & Dhariwal 2021, the limit of
-    many steps: alpha^2 = f(t)/f(0), f(t) = cos^2(pi/2 (t + 0.008)/1.008). prediction "eps": noise, "v": velocity dx_t/dt."""
+    many steps: alpha^2 = f(t)/f(0), f(t) = cos^2(pi/2 (t + 0.008)/1.008). The network predicts a x + b eps: for prediction "eps" the noise
+    (a = 0, b = 1), for "v" the velocity, the derivative of x_t by t (linear: a = -1, b = 1) or by the angle (cosine: a = -sigma, b = alpha)."""
 
     def __init__(self, schedule, prediction):
         self.schedule, self.prediction = schedule, prediction
 
     def __call__(self, t):
-        """t -> (alpha, sigma, velocity's weight of x, velocity's weight of eps)."""
+        """t -> (alpha, sigma, a, b)."""
         if self.schedule == "linear":
-            return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
-        alpha = torch.cos(math.pi / 2 * (t + 0.008) / 1.008) / math.cos(math.pi / 2 * 0.008 / 1.008)
-        sigma = (1 - alpha ** 2).clamp(min=0).sqrt()
-        return alpha, sigma, -sigma, alpha                                      # dx_t/d(angle): v = alpha eps - sigma x
+            alpha, sigma, a, b = 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+        else:
+            alpha = torch.cos(math.pi / 2 * (t + 0.008) / 1.008) / math.cos(math.pi / 2 * 0.008 / 1.008)
+            sigma = (1 - alpha ** 2).clamp(min=0).sqrt()
+            a, b = -sigma, alpha
+        return (alpha, sigma, a, b) if self.prediction == "v" else (alpha, sigma, torch.zeros_like(t), torch.ones_like(t))
 
     def draw_t(self, *shape, device=None):
         """Training times: logit-normal for the linear path (Esser et al. 2024), uniform for cosine."""
@@ -336,30 +343,29 @@ class Path:
 
     def noise(self, x, eps, t):
         """-> (x_t, what the network should predict); t broadcasts against x."""
-        alpha, sigma, dx, deps = self(t)
-        return alpha * x + sigma * eps, eps if self.prediction == "eps" else dx * x + deps * eps
+        alpha, sigma, a, b = self(t)
+        return alpha * x + sigma * eps, a * x + b * eps
 
     def denoise(self, x_t, prediction, t):
         """The data x that a prediction at x_t stands for."""
-        alpha, sigma, dx, deps = self(t)
-        if self.prediction == "eps":
-            return (x_t - sigma * prediction) / alpha
-        return (deps * x_t - sigma * prediction) / (alpha * deps - sigma * dx)
+        alpha, sigma, a, b = self(t)
+        return (b * x_t - sigma * prediction) / (alpha * b - sigma * a)
 
     def step(self, x, xhat, t, s, ancestral):
-        """One step x_t -> x_s with the data prediction xhat: mean alpha_s xhat + sqrt(sigma_s^2 - c^2) epshat and deviation c, where
-        c^2 is the variance of x_s given x_t and x_0 for the ancestral (DDPM) step and 0 for the deterministic one (DDIM)."""
+        """One step x_t -> x_s, s < t, given the data prediction xhat and so epshat = (x_t - alpha xhat) / sigma. Returns the mean of x_s,
+        alpha_s xhat + sqrt(sigma_s^2 - c^2) epshat, and its deviation c: for the ancestral step (DDPM) c^2 is the variance of x_s given
+        x_t and x, for the deterministic one (DDIM) 0."""
         (alpha, sigma, *_), (alpha_s, sigma_s, *_) = self(t), self(s)
         variance = (sigma_s / sigma) ** 2 * (sigma ** 2 - (alpha / alpha_s * sigma_s) ** 2).clamp(min=0) if ancestral else 0 * sigma_s
         return alpha_s * xhat + (sigma_s ** 2 - variance).clamp(min=0).sqrt() * (x - alpha * xhat) / sigma, variance.sqrt()
 
     def sample(self, network, noise, steps, solver="dpmpp_2m", temperature=1.0, draw=torch.randn_like):
-        """Integrates from noise (t = 0.999) to data (t = 0) in `steps` evaluations of network(x_t, t) -> prediction.
+        """Integrates from noise (t = 0.999) to data (t = 0) in `steps` >= 1 evaluations of network(x_t, t) -> prediction.
 
         ddpm and ddim: see `step`; dpmpp_2m: the ddim step with xhat extrapolated from the last two (Lu et al. 2022), second order.
-        noise: standard normal, any shape; draw(x): more of it, shaped like x; `temperature` scales both."""
+        noise: standard normal, any shape; draw(x): more of it, shaped like x; `temperature` >= 0 scales both. Returns data, shaped like noise."""
         x, last = temperature * noise, None
-        times = torch.linspace(0.999, 0, steps + 1, device=x.device)
+        times = torch.linspace(0.999, 0, steps + 1)                                   # on the CPU: no step waits for an accelerator
         for t, s in zip(times[:-1], times[1:]):
             xhat = data = self.denoise(x, network(x, t), t)
             if solver == "dpmpp_2m":
@@ -382,7 +388,7 @@ class HeadBlock(nn.Module):
 
     def __init__(self, width, heads, mixing):
         super().__init__()
-        self.norm1, self.mlp = nn.LayerNorm(width, elementwise_affine=False), mlp(width, 4 * width, width)
+        self.norm1, self.mlp = nn.LayerNorm(width, elementwise_affine=False), mlp(width)
         if mixing:
             self.norm2, self.attention = nn.LayerNorm(width, elementwise_affine=False), Attention(width, heads)
         self.modulation = nn.Linear(width, 6 * width if mixing else 3 * width)
@@ -390,7 +396,7 @@ class HeadBlock(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, h, c):
-        shift, scale, gate, *mix = self.modulation(F.silu(c)).split(h.shape[-1], -1)
+        shift, scale, gate, *mix = self.modulation(nn.functional.silu(c)).split(h.shape[-1], -1)
         if mix:
             h = h + mix[2] * self.attention(self.norm2(h) * (1 + mix[1]) + mix[0])
         return h + gate * self.mlp(self.norm1(h) * (1 + scale) + shift)
@@ -426,8 +432,8 @@ class DiffusionHead(nn.Module):
         h = self.input(x_t) + z
         for block in self.blocks:
             h = block(h, c)
-        shift, scale = self.modulation(F.silu(c)).chunk(2, -1)
-        return self.output(self.norm(h) * (1 + scale) + shift)
+        shift, scale = self.modulation(nn.functional.silu(c)).chunk(2, -1)
+        return self.output(self.norm(h) * (1 + scale) + shift).float()
 
     def loss(self, target, *conditions):
         """target [S, N, D], conditions as in `project` -> mean squared error of the prediction, [S], over `head_draws` draws of (t, eps)."""
@@ -435,7 +441,7 @@ class DiffusionHead(nn.Module):
         x = target.repeat_interleave(self.draws, 0)                             # [S draws, N, D]
         t = self.path.draw_t(len(x), 1 if self.mixing else x.shape[1], device=x.device)
         x_t, want = self.path.noise(x, torch.randn_like(x), t[..., None])
-        return (self(x_t, t, projected).float() - want).square().mean((1, 2)).view(-1, self.draws).mean(1)
+        return (self(x_t, t, projected) - want).square().mean((1, 2)).view(-1, self.draws).mean(1)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # FAR: the loss and the generation loop
@@ -466,30 +472,36 @@ class FAR(nn.Module):
         c, shape, dtype = self.config, list(images.shape), images.dtype
         check(shape[1:] == [c.channels, c.image_size, c.image_size], f"images have shape {shape}; allowed: [B, {c.channels}, {c.image_size}, {c.image_size}]")
         check(dtype in (torch.float32, torch.uint8), f"images are {dtype}; allowed: float32 of about [-1, 1], uint8 [0, 255]")
-        return images / 127.5 - 1 if dtype == torch.uint8 else images
+        return (images / 127.5 - 1 if dtype == torch.uint8 else images).to(self.residual_scale.device)
 
     def condition(self, labels, B, dropout=0.0):
-        """Labels, or None for images without, as the transformer's condition [B, 1 or K, W]; a share `dropout` loses its label."""
+        """Labels, or None for B images without label, as the transformer's condition [B, 1 or K, W]; a share `dropout` loses its label."""
         if labels is None:
             return self.transformer.no_label.expand(B, -1, -1)
-        c, device, got = self.config, self.residual_scale.device, f"labels are {labels.dtype} {list(labels.shape)}; allowed: "
+        c, device = self.config, self.residual_scale.device
+        check(c.num_classes or c.cond_dim, "this model has no classes; give no labels")
+        check(torch.is_tensor(labels), f"labels are of type {type(labels).__name__}; allowed: a tensor")
+        got = f"labels are {labels.dtype} {list(labels.shape)}; allowed: "
         if c.cond_dim:
             check(labels.shape == (B, c.cond_tokens, c.cond_dim) and labels.is_floating_point(), got + f"float [{B}, {c.cond_tokens}, {c.cond_dim}]")
         else:
             check(labels.shape == (B,) and labels.dtype == torch.int64, got + f"int64 [{B}]")
             if labels.device.type == "cpu":                                     # on an accelerator the check would wait for it
                 check(((0 <= labels) & (labels < c.num_classes)).all(), f"labels lie in {labels.min()} .. {labels.max()}; allowed: 0 .. {c.num_classes - 1}")
-        return self.transformer.condition(labels.to(device), torch.rand(B, device=device) < dropout)
+        dropped = torch.rand(B, device=device) < dropout if dropout else torch.zeros(B, dtype=torch.bool, device=device)
+        return self.transformer.condition(labels.to(device), dropped)
 
     def losses(self, images, labels, level):
         """Diffusion loss of each image at its levels, [B, k]: level int64 [B, k] with i for the step x_i -> x_{i+1}."""
         c, x = self.config, self.as_images(images)
         B, k = level.shape
+        level = level.to(x.device)
         cond = self.condition(labels, B, c.label_dropout if self.training else 0.0)
         visible = torch.stack([patchify(self.project(x, i), c.patch_size) for i in range(len(c.levels) + 1)], 1)  # [B, F + 1, N, D]
         row = torch.arange(B, device=x.device)[:, None]
-        target = {"full": visible[:, -1:].expand(-1, k, -1, -1), "next": visible[row, level + 1],
-                  "residual": (visible[row, level + 1] - visible[row, level]) / self.residual_scale[level][..., None, None]}[c.target]
+        target = visible[:, -1:].expand(-1, k, -1, -1) if c.target == "full" else visible[row, level + 1]
+        if c.target == "residual":
+            target = (target - visible[row, level]) / self.residual_scale[level][..., None, None]
         z = self.transformer(visible[row, level], level, cond)                  # [B, k, N, W]
         return self.head.loss(target.flatten(0, 1), z.flatten(0, 1), level.flatten(), cond.repeat_interleave(k, 0)).view(B, k)
 
@@ -497,7 +509,7 @@ class FAR(nn.Module):
         """Training loss, a scalar: the mean over images and levels of w_i times the diffusion loss; w_i = 1 without loss_weighting."""
         c = self.config
         level = torch.arange(len(c.levels), device=images.device).expand(len(images), -1)               # [B, F]
-        if c.levels_per_image:
+        if c.levels_per_image and c.attention == "markov":
             level = torch.rand(level.shape, device=images.device).argsort(1)[:, :c.levels_per_image]    # [B, k]
         losses = self.losses(images, labels, level)
         return (losses * loss_weights(len(c.levels)).to(losses.device)[level]).mean() if c.loss_weighting else losses.mean()
@@ -512,7 +524,7 @@ class FAR(nn.Module):
         """Measures the deviation of x_{i+1} - x_i on images, [F]: the unit in which target "residual" is learned."""
         x = self.as_images(images)
         for i in range(len(self.config.levels)):
-            self.residual_scale[i] = (self.project(x, i + 1) - self.project(x, i)).square().mean().sqrt().clamp(min=1e-6)
+            self.residual_scale[i] = (self.project(x, i + 1) - self.project(x, i)).std().clamp(min=1e-6)
 
     @torch.inference_mode()
     def sample(self, labels, *, guidance=1.0, guidance_schedule="linear", head_steps=None, solver=None, temperature=None,
@@ -521,15 +533,16 @@ class FAR(nn.Module):
 
         labels: int64 [B] or float [B, K, cond_dim]; or an int n for n images without label.
         guidance: g >= 0; the head's prediction is u + g_i (p - u), p with and u without label; guidance_schedule "linear": g_i =
-        1 + (g - 1) i/F for i = 0 .. F-1, "constant": g_i = g.
-        head_steps: int, one int a level, or "paper" (40 to 100); solver: ddpm, ddim or dpmpp_2m (see Path.sample);
-        temperature: factor on the head's noise, a number or one a level. All three: the config's by default.
+        1 + (g - 1) i/F for i = 0 .. F-1 (none at the first level), "constant": g_i = g.
+        head_steps: int, one int a level, or "paper" (40 to 100); solver: ddpm, ddim or dpmpp_2m (see Path.sample); temperature: factor on
+        the head's noise, a number, one a level, or "paper" (0.8 to 1). All three: the config's by default.
         step_rule: "paper" x_{i+1} = P_{i+1} xhat, or "locked" x_{i+1} = x_i + P_{i+1} xhat - P_i xhat, which keeps what was known.
-        coupling: rho in [0, 1], a number or one a level: correlation of the starting noise inside cells of round(keep_{i+1} H)^2 a picture.
+        coupling: rho in [0, 1], a number or one a level: correlation of the starting noise of tokens in one cell, where the token grid is
+        cut into k x k cells, k = round(keep_{i+1} H); no effect at levels where k reaches the grid's side.
         generator: a torch.Generator, or a list of B of them, one an image, for images that do not depend on the batch they are drawn in.
         Returns [B, C, H, H] in about [-1, 1]; with return_levels [B, F, C, H, H], x_1 .. x_F. ValueError on impossible arguments."""
         c, device, levels = self.config, self.residual_scale.device, len(self.config.levels)
-        steps = per_level(c.head_steps if head_steps is None else head_steps, levels, "head_steps", int, 1)
+        steps = per_level(c.head_steps if head_steps is None else head_steps, levels, "head_steps")
         solver = solver or c.solver
         temperature = per_level(c.temperature if temperature is None else temperature, levels, "temperature")
         coupling = per_level(coupling, levels, "coupling")
@@ -538,6 +551,7 @@ class FAR(nn.Module):
             check(value in allowed, f"{name} is {value!r}; allowed: {', '.join(allowed)}")
         check(guidance >= 0, f"guidance is {guidance}; it must be at least 0")
         check(max(coupling) <= 1, f"coupling is {coupling}; it must lie in [0, 1]")
+        check(isinstance(labels, int) or torch.is_tensor(labels) and labels.ndim > 0, f"labels are {labels!r}; allowed: a tensor, or a number of images")
         B = labels if isinstance(labels, int) else len(labels)
         check(B >= 1, "no labels given: ask for at least one image")
         check(not isinstance(generator, (list, tuple)) or len(generator) == B, f"a list of generators needs one for each of {B} images")
@@ -547,6 +561,8 @@ class FAR(nn.Module):
                 return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generator]).to(device)
             return torch.randn(B, *shape, generator=generator, device=generator.device if generator else device).to(device)
 
+        training = self.training
+        self.eval()
         given = None if isinstance(labels, int) else labels.cpu()
         guide = [1.0 if given is None else 1 + (guidance - 1) * i / levels if guidance_schedule == "linear" else guidance for i in range(levels)]
         copies = 2 if any(g != 1 for g in guide) else 1                         # labelled half, then unlabelled half
@@ -561,19 +577,21 @@ class FAR(nn.Module):
             projected = self.head.project(z[:S], level[:S], cond[:S])
 
             def network(x_t, t):
+                t = torch.full((S, 1), float(t), device=device)
                 if not guided:
-                    return self.head(x_t, t.expand(B, 1), projected)
-                p, u = self.head(x_t.repeat(2, 1, 1), t.expand(2 * B, 1), projected).chunk(2)
+                    return self.head(x_t, t, projected)
+                p, u = self.head(x_t.repeat(2, 1, 1), t, projected).chunk(2)
                 return u + guide[i] * (p - u)
 
             noise, side = draw(c.num_tokens, c.token_dim), max(1, round(c.levels[i] * c.image_size))
             if coupling[i] and side < c.image_size // c.patch_size:
                 noise = couple_noise(noise, draw(side ** 2, c.token_dim), side, coupling[i])
             tokens = self.head.path.sample(network, noise, steps[i], solver, temperature[i], lambda x: draw(*x.shape[1:]))
-            xhat = unpatchify(tokens.float(), c.patch_size, c.channels)
+            xhat = unpatchify(tokens, c.patch_size, c.channels)
             if c.target == "residual":
                 xhat = x + self.residual_scale[i] * xhat
             known = x - self.project(xhat, i) if step_rule == "locked" else 0
             x = known + self.project(xhat, i + 1)
             outputs.append(x)
+        self.train(training)
         return torch.stack(outputs, 1) if return_levels else x

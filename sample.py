@@ -132,23 +132,12 @@ class NpzWriter:
         os.remove(self.part)
 
 def numbers(kind, alone=True):
-    """argparse type: comma-separated numbers -> a list of them, or, if `alone`, the number itself where there is one."""
+    """argparse type: comma-separated numbers -> a list of them, or, if `alone`, the number itself where there is one; also "paper"."""
     def parse(text):
-        values = [kind(v) for v in text.split(",")]
+        values = [kind(v) for v in text.split(",")] if text != "paper" else [text]
         return values[0] if alone and len(values) == 1 else values
     parse.__name__ = f"{kind.__name__} or list"
     return parse
-
-def head_steps(text):
-    return text if text == "paper" else numbers(int)(text)
-
-def sampling_settings(args, num_levels):
-    """Arguments of FAR.sample from the flags; --paper: ancestral, 40 to 100 steps, temperature 0.8 to 1."""
-    settings = dict(guidance=args.guidance, guidance_schedule=args.guidance_schedule, head_steps=args.head_steps, solver=args.solver,
-                    temperature=args.temperature, step_rule=args.step_rule, coupling=args.coupling)
-    if args.paper:
-        settings.update(solver="ddpm", head_steps="paper", temperature=np.linspace(0.8, 1, num_levels).tolist())
-    return settings
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -162,13 +151,13 @@ def main(argv=None):
     p.add_argument("--npz", help="write all images to this file: arr_0 uint8 [n, H, W, C], arr_1 int64 [n]")
     p.add_argument("--png", help="write every image as a PNG into this folder")
     p.add_argument("--guidance", type=float, default=1.0, help="1: none; more: clearer and less diverse (default: %(default)s)")
-    p.add_argument("--guidance-schedule", choices=("linear", "constant"), default="linear", help="over levels (default: %(default)s)")
-    p.add_argument("--head-steps", type=head_steps, help="per level: a number, a list, or paper (default: the model's)")
+    p.add_argument("--guidance-schedule", choices=("linear", "constant"), default="linear", help="linear grows from none at the first level (default: %(default)s)")
+    p.add_argument("--head-steps", type=numbers(int), help="per level: a number, a list, or paper (default: the model's)")
     p.add_argument("--solver", choices=CHOICES["solver"], help="default: the model's")
-    p.add_argument("--temperature", type=numbers(float), help="one, or a list (default: the model's)")
+    p.add_argument("--temperature", type=numbers(float), help="per level: a number, a list, or paper (default: the model's)")
     p.add_argument("--step-rule", choices=("paper", "locked"), default="paper", help="default: %(default)s")
     p.add_argument("--coupling", type=numbers(float), default=0.0, help="coupled noise, one rho or a list (default: %(default)s)")
-    p.add_argument("--paper", action="store_true", help="the paper's sampling: ancestral, 40 to 100 steps, temperature 0.8 to 1")
+    p.add_argument("--paper", action="store_true", help="--solver ddpm --head-steps paper --temperature paper, unless given")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
 
@@ -179,10 +168,13 @@ def main(argv=None):
     vae = load_vae(latents["vae"], device) if latents else None
 
     def pictures(x):                                                            # [n, C, H, H] -> images on the CPU
-        return (vae.decode(x.to(device) / latents["scale"]).sample if vae else x).cpu()
+        return torch.cat([vae.decode(z.to(device) / latents["scale"]).sample.cpu() for z in x.split(16)]) if vae else x
 
     labels = parse_labels(args.labels or f"0-{c.num_classes - 1}", args.n, c.num_classes)
-    settings = sampling_settings(args, len(c.levels))
+    settings = {name: getattr(args, name) for name in "guidance guidance_schedule step_rule coupling".split()}
+    for name, paper in dict(solver="ddpm", head_steps="paper", temperature="paper").items():
+        given = getattr(args, name)
+        settings[name] = paper if args.paper and given is None else given
     npz = NpzWriter(args.npz, labels) if args.npz else None
     if args.png:
         os.makedirs(args.png, exist_ok=True)

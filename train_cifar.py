@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import sample
 from far import CHOICES, FAR, FARConfig, ORDERINGS, PRESETS, check
-from sample import head_steps, load_checkpoint, load_vae, numbers, read_image, seed_of, use_device
+from sample import load_checkpoint, load_vae, numbers, read_image, seed_of, use_device
 
 DATA = {  # data set -> default preset and training settings
     "digits": dict(preset="digits", batch=64, lr=3e-3, ema=0.999, max_minutes=2.0),
@@ -192,7 +192,8 @@ def epoch_order(n, epoch, seed):
 
 def training_flops(c):
     """Floating-point operations of one image's training step: 2 for each multiply-add of a matrix product forward, twice that backward."""
-    k, N, D, W, w, K, mix = c.levels_per_image or len(c.levels), c.num_tokens, c.token_dim, c.width, c.head_width, c.cond_tokens, c.head_mixing
+    k = c.attention == "markov" and c.levels_per_image or len(c.levels)
+    N, D, W, w, K, mix = c.num_tokens, c.token_dim, c.width, c.head_width, c.cond_tokens, c.head_mixing
     sequences, length = (k, K + N) if c.attention == "markov" else (1, K + k * N)
     transformer = k * N * 2 * D * W + c.depth * sequences * length * (24 * W * W + 4 * length * W)
     steered = 1 if mix else N                                                   # modulations a level and draw
@@ -220,7 +221,7 @@ def train(args, config, images, labels, info):
     model = FAR(config).to(device)
     model.set_residual_scale(make_batch(images, torch.arange(min(2000, len(images))), device, False, info.get("scale")))
     ema, optimizer = copy.deepcopy(model).eval().requires_grad_(False), make_optimizer(model, args.lr, args.weight_decay)
-    state = dict(step=0, seconds=0.0, log=[], seed=args.seed, batch=args.batch, latents={name: info[name] for name in ("vae", "scale") if name in info})
+    state = dict(step=0, seconds=0.0, log=[], data=args.data, seed=args.seed, batch=args.batch, latents={name: info[name] for name in ("vae", "scale") if name in info})
     if args.resume:
         ema, state = load_checkpoint(ckpt, device)
         model.load_state_dict(state.pop("model"))
@@ -240,21 +241,18 @@ def train(args, config, images, labels, info):
     steps, limit = args.steps or float("inf"), 60 * args.max_minutes if args.max_minutes else float("inf")
     log = open(os.path.join(args.out, "log.csv") if rank == 0 else os.devnull, "w", buffering=1, newline="")
     writer = csv.writer(log)
-    writer.writerow(["step", "seconds", "images_per_second", "loss", *(f"level_{i + 1}" for i in range(len(config.levels)))])
-    writer.writerows(state["log"])
+    writer.writerows([["step", "seconds", "images_per_second", "loss", *(f"level_{i + 1}" for i in range(len(config.levels)))], *state["log"]])
     bar = tqdm(total=args.steps or round(limit), unit="step" if args.steps else "s", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} {unit}, {remaining} left{postfix}", disable=rank > 0)
     interrupted, done, total = [], False, torch.zeros((), device=device)
-    handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(1))    # Ctrl-C: finish the step in hand, save, stop
-    start = time.perf_counter() - state["seconds"]
-    logged, saved = (state["step"], state["seconds"]), state["seconds"]
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(1))              # Ctrl-C: finish the step in hand, save, stop
+    start, logged, saved = time.perf_counter() - state["seconds"], (state["step"], state["seconds"]), state["seconds"]
     while not done:
         torch.manual_seed(seed_of(args.seed, rank, state["step"]))              # a resumed run draws what it would have drawn
         progress = max(state["step"] / steps, state["seconds"] / limit)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (state["step"] + 1) / args.warmup) * (1 - progress if args.lr_schedule == "linear" else 1)
         epoch, k = divmod(state["step"], len(images) // args.batch)
-        batch = epoch_order(len(images), epoch, args.seed)[k * args.batch:(k + 1) * args.batch]
-        parts = batch.view(args.grad_accum, world, -1)[:, rank]
+        parts = epoch_order(len(images), epoch, args.seed)[k * args.batch:(k + 1) * args.batch].view(args.grad_accum, world, -1)[:, rank]
         optimizer.zero_grad(set_to_none=True)
         for n, index in enumerate(parts, 1):
             x = make_batch(images, index, device, args.flip, info.get("scale"))
@@ -278,7 +276,7 @@ def train(args, config, images, labels, info):
             dist.all_reduce(mean)
             mean, rate = mean.item() / world / count, count * args.batch / (state["seconds"] - logged[1])
             with torch.no_grad():
-                by_level = model.level_losses(x[:256], None if y is None else y[:256]).tolist()
+                by_level = ema.level_losses(x[:256], None if y is None else y[:256]).tolist()
             bad = [i + 1 for i, value in enumerate(by_level) if not np.isfinite(value)]
             kept = f"{ckpt} holds the last good state, for --resume" if os.path.exists(ckpt) else "nothing was saved yet"
             check(np.isfinite(mean) and not bad, f"the loss is {mean} at step {state['step']}, not finite at levels {bad}: lower --lr; {kept}")
@@ -291,7 +289,6 @@ def train(args, config, images, labels, info):
                 torch.save(dict(state, config=config.to_dict(), model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()), ckpt + ".part")
                 os.replace(ckpt + ".part", ckpt)                                # the checkpoint is whole or not there, and its loss finite
                 saved = state["seconds"]
-    signal.signal(signal.SIGINT, handler)
     bar.close()
     log.close()
     if interrupted:
@@ -335,7 +332,7 @@ def parse_args(argv=None):
     group = p.add_argument_group("model settings (far.FARConfig); defaults as --data, --preset and --paper set them")
     for f in fields(FARConfig):
         value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
-        kind = {"levels": numbers(float, alone=False), "temperature": numbers(float), "head_steps": head_steps}.get(f.name, f.type)
+        kind = {"levels": numbers(float, alone=False), "temperature": numbers(float), "head_steps": numbers(int)}.get(f.name, f.type)
         options = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices={**CHOICES, "ordering": ORDERINGS}.get(f.name))
         group.add_argument(flag, help=f"default: {value}", **options)
     args = p.parse_args(argv)
@@ -367,7 +364,8 @@ def main(argv=None):
         config = model.config
         for name, value in args.given.items():
             check(getattr(config, name) == (tuple(value) if name == "levels" else value), f"--{name.replace('_', '-')} {value} contradicts the run in {args.out}, which has {getattr(config, name)}")
-        check((args.seed, args.batch) == (state["seed"], state["batch"]), f"the run in {args.out} has --seed {state['seed']} --batch {state['batch']}: give the same")
+        for name in ("data", "seed", "batch"):
+            check(getattr(args, name) == state[name], f"the run in {args.out} has --{name} {state[name]}: give the same")
         check((args.steps or float("inf")) > state["step"] and (args.max_minutes or float("inf")) * 60 > state["seconds"],
               f"the run in {args.out} is finished, with {state['step']} steps in {state['seconds'] / 60:.1f} minutes: raise --steps or --max-minutes")
     for turn in range(2):                                                       # rank 0 first: it builds what the others map
@@ -385,7 +383,11 @@ def main(argv=None):
     if "vae" in info:
         load_vae(info["vae"])                                                   # an error now, not after the training
     os.makedirs(args.out, exist_ok=True)
-    train(args, config, images, labels, info)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        train(args, config, images, labels, info)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     if dist.get_rank() == 0:
         sample.main(["--ckpt", ckpt, "--out", args.out, "--levels", "--seed", str(args.seed), "--device", str(args.device)])
 
