@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 import torch.nn as nn
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Orderings: x_i = P_i x, a chain of nested projections from nothing to the whole image
+# --- Orderings: x_i = P_i x, a chain of nested projections from nothing to the whole image ----------------------------
 
 def fourier(x, keep, disc=False):
     """Ideal low-pass filter of the paper: keeps frequencies |f_x|, |f_y| <= keep H/2 (whole cycles per image).
@@ -59,23 +58,19 @@ def check_ordering(fn, size, channels=3):
     if fn(x, 0.5).shape != x.shape:
         return [f"shape: {list(x.shape)} becomes {list(fn(x, 0.5).shape)} at keep 0.5"]
     checks = [("zero at 0", "keep 0", fn(x, 0.0), 0 * x), ("identity at 1", "keep 1", fn(x, 1.0), x)]
-    for a in keeps:
+    for n, a in enumerate(keeps):
         P = fn(x, a)
         checks.append(("linear", f"keep {a:g}", fn(2 * x - 3 * y, a), 2 * P - 3 * fn(y, a)))
         checks.append(("idempotent", f"keep {a:g}", fn(P, a), P))
-        for b in keeps:
-            if a < b:
-                checks.append(("nested", f"keep {a:g} after {b:g}", fn(fn(x, b), a), P))
-                checks.append(("nested", f"keep {b:g} after {a:g}", fn(P, b), P))
-    broken = {}  # law -> (error, where), the worst case of each
+        for b in keeps[n + 1:]:
+            checks.append(("nested", f"keep {a:g} after {b:g}", fn(fn(x, b), a), P))
+            checks.append(("nested", f"keep {b:g} after {a:g}", fn(P, b), P))
+    worst = {}  # law -> (largest error, where)
     for law, where, got, want in checks:
-        error = (got - want).abs().max().item()
-        if not error <= 1e-4 and not error <= broken.get(law, (0, ""))[0]:
-            broken[law] = (error, where)
-    return [f"{law}: broken at {where}, largest error {error:.3g}" for law, (error, where) in broken.items()]
+        worst[law] = max(worst.get(law, (0.0, "")), ((got - want).abs().nan_to_num(math.inf).max().item(), where))
+    return [f"{law}: broken at {where}, largest error {error:.3g}" for law, (error, where) in worst.items() if error > 1e-4]
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings
+# --- Settings ---------------------------------------------------------------------------------------------------------
 
 PAPER_LEVELS = tuple(side / 16 for side in (2, 3, 4, 5, 6, 7, 8, 9, 10, 16))  # 10 steps on the paper's 16 x 16 token grid
 PAPER = dict(levels=PAPER_LEVELS, attention="causal", head_mixing=False, head_draws=4, target="full", prediction="eps", schedule="cosine",
@@ -131,10 +126,11 @@ class FARConfig:
     temperature: object = 1.0           # float, one a level, or "paper" (0.8 to 1)
 
     def __post_init__(self):
-        check(isinstance(self.levels, (tuple, list)), f"levels are {self.levels!r}; they must be a list that ends with 1")
+        check(isinstance(self.levels, (tuple, list)) and all(isinstance(keep, (int, float)) for keep in self.levels),
+              f"levels are {self.levels!r}; they must be a list of numbers that ends with 1")
         self.levels = tuple(map(float, self.levels))
         for name, allowed in {**CHOICES, "ordering": ORDERINGS}.items():
-            check(getattr(self, name) in allowed, f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+            check(getattr(self, name) in tuple(allowed), f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         for f in fields(self):
             value, least = getattr(self, f.name), 0 if f.name in ("num_classes", "cond_tokens", "cond_dim", "levels_per_image") else 1
             check(f.type is not int or isinstance(value, int) and value >= least, f"{f.name} is {value!r}; it must be a whole number of at least {least}")
@@ -147,16 +143,9 @@ class FARConfig:
               f"levels are {self.levels}; they must increase from above 0 to exactly 1")
         check(self.levels_per_image <= len(self.levels), f"levels_per_image is {self.levels_per_image}, more than the {len(self.levels)} levels")
         check(self.cond_dim == 0 or self.cond_tokens > 0, "cond_dim needs cond_tokens, the number of embeddings a sample")
-        per_level(self.head_steps, len(self.levels), "head_steps")
-        per_level(self.temperature, len(self.levels), "temperature")
-
-    @property
-    def num_tokens(self):
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def token_dim(self):
-        return self.channels * self.patch_size ** 2
+        for name in ("head_steps", "temperature"):
+            per_level(getattr(self, name), len(self.levels), name)
+        self.num_tokens, self.token_dim = (self.image_size // self.patch_size) ** 2, self.channels * self.patch_size ** 2  # N, D
 
     @classmethod
     def preset(cls, name, paper=False, **overrides):
@@ -174,18 +163,18 @@ class FARConfig:
         check(not unknown, f"unknown settings {sorted(unknown)}; allowed: {', '.join(f.name for f in fields(cls))}")
         return cls(**d)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokens, masks and schedules over levels
+# --- Tokens, masks and schedules over levels --------------------------------------------------------------------------
 
 def patchify(x, p):
     """Image x [B, C, H, H] -> tokens [B, N, C p^2], row by row; each token is (channel, row, column). ValueError if p does not divide H."""
     B, C, H, W = x.shape
-    check(H % p == 0 and W % p == 0, f"image sides {H} x {W} are not divisible by the patch side {p}")
+    check(p >= 1 and H % p == 0 and W % p == 0, f"image sides {H} x {W} are not divisible by the patch side {p}")
     return x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
 
 def unpatchify(tokens, p, channels):
-    """Tokens [B, N, C p^2] -> square image [B, C, H, H]: the inverse of `patchify`."""
+    """Tokens [B, N, C p^2] -> square image [B, C, H, H]: the inverse of `patchify`. ValueError if N is no square."""
     G = math.isqrt(tokens.shape[1])
+    check(G * G == tokens.shape[1], f"{tokens.shape[1]} tokens are no square grid")
     return tokens.reshape(len(tokens), G, G, channels, p, p).permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), channels, G * p, G * p)
 
 def block_causal_mask(num_levels, num_tokens, markov=False):
@@ -215,16 +204,18 @@ def head_step_schedule(F, low=40, high=100):
 
 def per_level(value, F, name):
     """A setting of every level: one number for all, a sequence of F, or "paper" (head_steps 40 to 100, temperature 0.8 to 1) -> list of F.
-    Whole numbers of at least 1 for head_steps, numbers of at least 0 otherwise; ValueError for anything else."""
-    kind, least, paper = (int, 1, head_step_schedule(F)) if name == "head_steps" else ((int, float), 0, [1 - 0.2 * (F - i) / max(F - 1, 1) for i in range(1, F + 1)])
-    value = paper if isinstance(value, str) and value == "paper" else value.tolist() if hasattr(value, "tolist") else value
-    values = list(value) if isinstance(value, (list, tuple, range)) else [value] * F
-    check(len(values) == F and all(isinstance(v, kind) and v >= least for v in values),
-          f"{name} is {value!r}; it must be a{' whole' if kind is int else ''} number of at least {least}, or one for each of {F} levels, or 'paper'")
+    Whole numbers of at least 1 for head_steps, finite numbers of at least 0 otherwise; ValueError for anything else."""
+    kind, least = (int, 1) if name == "head_steps" else ((int, float), 0)
+    paper = {"head_steps": head_step_schedule(F), "temperature": [1 - 0.2 * (F - i) / max(F - 1, 1) for i in range(1, F + 1)]}.get(name)
+    if isinstance(value, str) and value == "paper" and paper:
+        return paper
+    values = value.tolist() if hasattr(value, "tolist") else value
+    values = list(values) if isinstance(values, (list, tuple)) else [values] * F
+    check(len(values) == F and all(isinstance(v, kind) and not isinstance(v, bool) and least <= v < math.inf for v in values),
+          f"{name} is {value!r}; it must be a {'whole ' * (kind is int)}number of at least {least}, or one for each of {F} levels{', or paper' * bool(paper)}")
     return values
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Transformer: z_i from x_0 .. x_i
+# --- Transformer: z_i from x_0 .. x_i ---------------------------------------------------------------------------------
 
 class Attention(nn.Module):
     """Multi-head self-attention, [S, T, W] -> [S, T, W]; `mask` [T, T] as in block_causal_mask, `cache` holds earlier keys and values."""
@@ -275,6 +266,10 @@ class Transformer(nn.Module):
         if c.mask != "none":
             self.mask_token = nn.Parameter(0.02 * torch.randn(c.width))
             self.register_buffer("mask_bounds", mask_bounds(len(c.levels), c.mask), persistent=False)
+        if c.attention == "causal":
+            mask = nn.functional.pad(block_causal_mask(len(c.levels), c.num_tokens), (c.cond_tokens, 0, c.cond_tokens, 0), value=True)
+            mask[:c.cond_tokens, c.cond_tokens:] = False                        # all see the condition block, which sees itself
+            self.register_buffer("attention_mask", mask, persistent=False)
         self.blocks = nn.ModuleList(Block(c.width, c.heads, c.dropout) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width)
 
@@ -297,27 +292,21 @@ class Transformer(nn.Module):
 
         Training: all levels in one pass (causal: k = F, in order). Sampling: one level a call (k = 1); causal attention then wants
         `cache`, a list of one dict a block, empty before level 0, which gathers the keys and values of the earlier levels."""
-        x, mask, K = self.embed(tokens, level, cond), None, self.c.cond_tokens
+        x, K = self.embed(tokens, level, cond), self.c.cond_tokens
         B, k, N, W = x.shape
         cond = cond + self.cond_position if K else cond[:, :0]                  # [B, K, W]
         if self.c.attention == "markov":                                        # B k independent sequences
             x, cond, cache = x.flatten(0, 1), cond.repeat_interleave(k, 0), None
         else:
             x = x.flatten(1, 2)
-            if cache is None:
-                mask = nn.functional.pad(block_causal_mask(k, N).to(x.device), (K, 0, K, 0), value=True)
-                mask[:K, K:] = False                                            # all see the condition block, which sees itself
-        if cache is None:
-            pieces, cache = [torch.cat([cond, x], 1)], [None] * len(self.blocks)
-        else:
-            pieces = [cond, x] if K and not cache[0] else [x]
-        for piece in pieces:
-            for block, earlier in zip(self.blocks, cache):
-                piece = block(piece, mask, earlier)
-        return self.norm(piece[:, -x.shape[1]:]).view(B, k, N, W)
+        first = not (cache and cache[0])                                        # the condition block comes with the first levels
+        h = torch.cat([cond, x], 1) if first else x
+        mask = self.attention_mask[:h.shape[1], :h.shape[1]] if first and self.c.attention == "causal" else None
+        for n, block in enumerate(self.blocks):
+            h = block(h, mask, cache[n] if cache else None)
+        return self.norm(h[:, -x.shape[1]:]).view(B, k, N, W)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Diffusion: a Gaussian path x_t = alpha_t x + sigma_t eps, t in [0, 1], and its samplers
+# --- Diffusion: a Gaussian path x_t = alpha_t x + sigma_t eps, t in [0, 1], and its samplers --------------------------
 
 class Path:
     """Noise schedule and prediction type. linear: alpha = 1 - t, sigma = t (flow matching); cosine: Nichol & Dhariwal 2021, the limit of
@@ -342,7 +331,7 @@ class Path:
         return torch.randn(shape, device=device).sigmoid() if self.schedule == "linear" else torch.rand(shape, device=device)
 
     def noise(self, x, eps, t):
-        """-> (x_t, what the network should predict); t broadcasts against x."""
+        """x, eps of one shape, t that broadcasts against them -> (x_t, what the network should predict), shaped like x."""
         alpha, sigma, a, b = self(t)
         return alpha * x + sigma * eps, a * x + b * eps
 
@@ -364,27 +353,23 @@ class Path:
 
         ddpm and ddim: see `step`; dpmpp_2m: the ddim step with xhat extrapolated from the last two (Lu et al. 2022), second order.
         noise: standard normal, any shape; draw(x): more of it, shaped like x; `temperature` >= 0 scales both. Returns data, shaped like noise."""
-        x, last = temperature * noise, None
-        times = torch.linspace(0.999, 0, steps + 1)                                   # on the CPU: no step waits for an accelerator
-        for t, s in zip(times[:-1], times[1:]):
+        x, times = temperature * noise, torch.linspace(0.999, 0, steps + 1)            # on the CPU: no step waits for an accelerator
+        alpha, sigma, *_ = self(times)
+        snr = torch.log(alpha / sigma)                                          # half the logarithm of the signal-to-noise ratio
+        for n, (t, s) in enumerate(zip(times[:-1], times[1:])):
             xhat = data = self.denoise(x, network(x, t), t)
-            if solver == "dpmpp_2m":
-                alpha, sigma, *_ = self(t)
-                snr = torch.log(alpha / sigma)                                  # half the logarithm of the signal-to-noise ratio
-                if last is not None and s > 0:
-                    alpha, sigma, *_ = self(s)
-                    data = xhat + (xhat - last[0]) * (torch.log(alpha / sigma) - snr) / (2 * (snr - last[1]))
-                last = xhat, snr
+            if solver == "dpmpp_2m" and 0 < n < steps - 1:
+                data = xhat + (xhat - last) * (snr[n + 1] - snr[n]) / (2 * (snr[n] - snr[n - 1]))
+            last = xhat
             x, deviation = self.step(x, data, t, s, solver == "ddpm")
             if deviation > 0:
                 x = x + temperature * deviation * draw(x)
         return x
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Diffusion head: p(tokens | z)
+# --- Diffusion head: p(tokens | z) ------------------------------------------------------------------------------------
 
 class HeadBlock(nn.Module):
-    """AdaLN-Zero residual block (Peebles & Xie 2023), h [S, N, w], c [S, N or 1, w] -> [S, N, w]; `mixing` adds attention over the N tokens."""
+    """AdaLN-Zero residual block (Peebles & Xie 2023; DiffusionHead zeroes the modulation), h [S, N, w], c [S, N or 1, w] -> [S, N, w]; `mixing` adds attention over the N tokens."""
 
     def __init__(self, width, heads, mixing):
         super().__init__()
@@ -392,8 +377,6 @@ class HeadBlock(nn.Module):
         if mixing:
             self.norm2, self.attention = nn.LayerNorm(width, elementwise_affine=False), Attention(width, heads)
         self.modulation = nn.Linear(width, 6 * width if mixing else 3 * width)
-        for parameter in self.modulation.parameters():
-            nn.init.zeros_(parameter)
 
     def forward(self, h, c):
         shift, scale, gate, *mix = self.modulation(nn.functional.silu(c)).split(h.shape[-1], -1)
@@ -415,8 +398,8 @@ class DiffusionHead(nn.Module):
         self.blocks = nn.ModuleList(HeadBlock(w, c.heads, c.head_mixing) for _ in range(c.head_depth))
         self.norm, self.modulation, self.output = nn.LayerNorm(w, elementwise_affine=False), nn.Linear(w, 2 * w), nn.Linear(w, c.token_dim)
         self.register_buffer("frequencies", 1000 * torch.exp(-math.log(10000) * torch.arange(32) / 32), persistent=False)
-        for parameter in (*self.modulation.parameters(), *self.output.parameters()):
-            nn.init.zeros_(parameter)
+        for layer in (self.modulation, self.output, *(block.modulation for block in self.blocks)):
+            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
 
     def project(self, z, level, cond):
         """z [S, N, W], level int64 [S], label condition [S, 1 or K, W] -> (z [S, N, w], modulation [S, 1 or N, w]): once per level, not
@@ -443,8 +426,7 @@ class DiffusionHead(nn.Module):
         x_t, want = self.path.noise(x, torch.randn_like(x), t[..., None])
         return (self(x_t, t, projected) - want).square().mean((1, 2)).view(-1, self.draws).mean(1)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# FAR: the loss and the generation loop
+# --- FAR: the loss and the generation loop ----------------------------------------------------------------------------
 
 def couple_noise(noise, shared, side, rho):
     """sqrt(rho) shared[cell] + sqrt(1 - rho) noise: tokens of one cell correlate by rho, each keeps variance 1. noise [B, N, D] and
@@ -455,13 +437,15 @@ def couple_noise(noise, shared, side, rho):
 
 class FAR(nn.Module):
     """Frequency autoregressive model. Images [B, C, H, H] are float32 of about [-1, 1] (or latents of unit variance) or uint8 [0, 255];
-    labels int64 [B] in [0, num_classes), or float [B, K, cond_dim] when the config has a cond_dim; others raise ValueError."""
+    labels int64 [B] in [0, num_classes), or float [B, K, cond_dim] when the config has a cond_dim; others raise ValueError (the range of
+    labels that are on an accelerator already is not checked: that would wait for it)."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.transformer, self.head = Transformer(config), DiffusionHead(config)
         self.register_buffer("residual_scale", torch.ones(len(config.levels)))   # deviation of x_{i+1} - x_i, target residual
+        self.register_buffer("weights", loss_weights(len(config.levels)), persistent=False)
 
     def project(self, x, i):
         """x_i = P_i x: x [B, C, H, H] seen at level i = 0 .. F, in float32."""
@@ -469,10 +453,13 @@ class FAR(nn.Module):
             return ORDERINGS[self.config.ordering](x.float(), (0.0, *self.config.levels)[i])
 
     def as_images(self, images):
+        check(torch.is_tensor(images), f"images are of type {type(images).__name__}; allowed: a tensor")
         c, shape, dtype = self.config, list(images.shape), images.dtype
-        check(shape[1:] == [c.channels, c.image_size, c.image_size], f"images have shape {shape}; allowed: [B, {c.channels}, {c.image_size}, {c.image_size}]")
+        check(shape[1:] == [c.channels, c.image_size, c.image_size] and shape[0] > 0,
+              f"images have shape {shape}; allowed: [B, {c.channels}, {c.image_size}, {c.image_size}]")
         check(dtype in (torch.float32, torch.uint8), f"images are {dtype}; allowed: float32 of about [-1, 1], uint8 [0, 255]")
-        return (images / 127.5 - 1 if dtype == torch.uint8 else images).to(self.residual_scale.device)
+        images = images.to(self.residual_scale.device)
+        return images / 127.5 - 1 if dtype == torch.uint8 else images
 
     def condition(self, labels, B, dropout=0.0):
         """Labels, or None for B images without label, as the transformer's condition [B, 1 or K, W]; a share `dropout` loses its label."""
@@ -486,19 +473,20 @@ class FAR(nn.Module):
             check(labels.shape == (B, c.cond_tokens, c.cond_dim) and labels.is_floating_point(), got + f"float [{B}, {c.cond_tokens}, {c.cond_dim}]")
         else:
             check(labels.shape == (B,) and labels.dtype == torch.int64, got + f"int64 [{B}]")
-            if labels.device.type == "cpu":                                     # on an accelerator the check would wait for it
+            if labels.device.type == "cpu":
                 check(((0 <= labels) & (labels < c.num_classes)).all(), f"labels lie in {labels.min()} .. {labels.max()}; allowed: 0 .. {c.num_classes - 1}")
         dropped = torch.rand(B, device=device) < dropout if dropout else torch.zeros(B, dtype=torch.bool, device=device)
         return self.transformer.condition(labels.to(device), dropped)
 
-    def losses(self, images, labels, level):
-        """Diffusion loss of each image at its levels, [B, k]: level int64 [B, k] with i for the step x_i -> x_{i+1}."""
+    def losses(self, images, labels, level=None):
+        """Diffusion loss of each image at its levels, [B, k]: level int64 [B, k] with i for the step x_i -> x_{i+1}, by default all F."""
         c, x = self.config, self.as_images(images)
-        B, k = level.shape
-        level = level.to(x.device)
+        B, device = len(x), x.device
+        level = torch.arange(len(c.levels), device=device).expand(B, -1) if level is None else level.to(device)
+        k = level.shape[1]
         cond = self.condition(labels, B, c.label_dropout if self.training else 0.0)
         visible = torch.stack([patchify(self.project(x, i), c.patch_size) for i in range(len(c.levels) + 1)], 1)  # [B, F + 1, N, D]
-        row = torch.arange(B, device=x.device)[:, None]
+        row = torch.arange(B, device=device)[:, None]
         target = visible[:, -1:].expand(-1, k, -1, -1) if c.target == "full" else visible[row, level + 1]
         if c.target == "residual":
             target = (target - visible[row, level]) / self.residual_scale[level][..., None, None]
@@ -507,17 +495,15 @@ class FAR(nn.Module):
 
     def forward(self, images, labels=None):
         """Training loss, a scalar: the mean over images and levels of w_i times the diffusion loss; w_i = 1 without loss_weighting."""
-        c = self.config
-        level = torch.arange(len(c.levels), device=images.device).expand(len(images), -1)               # [B, F]
+        c, level = self.config, None
         if c.levels_per_image and c.attention == "markov":
-            level = torch.rand(level.shape, device=images.device).argsort(1)[:, :c.levels_per_image]    # [B, k]
+            level = torch.rand(len(images), len(c.levels), device=self.weights.device).argsort(1)[:, :c.levels_per_image]  # [B, k]
         losses = self.losses(images, labels, level)
-        return (losses * loss_weights(len(c.levels)).to(losses.device)[level]).mean() if c.loss_weighting else losses.mean()
+        return (losses * (self.weights if level is None else self.weights[level])).mean() if c.loss_weighting else losses.mean()
 
     def level_losses(self, images, labels=None):
         """Unweighted loss of each level, [F], the mean over images: entry i for the step x_i -> x_{i+1}."""
-        level = torch.arange(len(self.config.levels), device=images.device)
-        return self.losses(images, labels, level.expand(len(images), -1)).mean(0)
+        return self.losses(images, labels).mean(0)
 
     @torch.no_grad()
     def set_residual_scale(self, images):
@@ -526,7 +512,7 @@ class FAR(nn.Module):
         for i in range(len(self.config.levels)):
             self.residual_scale[i] = (self.project(x, i + 1) - self.project(x, i)).std().clamp(min=1e-6)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sample(self, labels, *, guidance=1.0, guidance_schedule="linear", head_steps=None, solver=None, temperature=None,
                step_rule="paper", coupling=0.0, generator=None, return_levels=False):
         """Draws images level by level: z_i from the transformer, xhat from the head, x_{i+1} by the step rule.
@@ -549,49 +535,47 @@ class FAR(nn.Module):
         for name, value, allowed in (("solver", solver, CHOICES["solver"]), ("guidance_schedule", guidance_schedule, ("linear", "constant")),
                                      ("step_rule", step_rule, ("paper", "locked"))):
             check(value in allowed, f"{name} is {value!r}; allowed: {', '.join(allowed)}")
-        check(guidance >= 0, f"guidance is {guidance}; it must be at least 0")
+        check(isinstance(guidance, (int, float)) and 0 <= guidance < math.inf, f"guidance is {guidance!r}; it must be a number of at least 0")
         check(max(coupling) <= 1, f"coupling is {coupling}; it must lie in [0, 1]")
-        check(isinstance(labels, int) or torch.is_tensor(labels) and labels.ndim > 0, f"labels are {labels!r}; allowed: a tensor, or a number of images")
-        B = labels if isinstance(labels, int) else len(labels)
+        check(type(labels) is int or torch.is_tensor(labels) and labels.ndim > 0, f"labels are {labels!r}; allowed: a tensor, or a number of images")
+        B, given = (labels, None) if type(labels) is int else (len(labels), labels.cpu())
         check(B >= 1, "no labels given: ask for at least one image")
-        check(not isinstance(generator, (list, tuple)) or len(generator) == B, f"a list of generators needs one for each of {B} images")
+        generators = generator if isinstance(generator, (list, tuple)) else [generator] if generator else []
+        check(all(isinstance(g, torch.Generator) for g in generators), f"generator is {generator!r}; allowed: a torch.Generator, or a list of one an image")
+        check(generators is not generator or len(generator) == B, f"a list of generators needs one for each of {B} images")
 
         def draw(*shape):                                                       # standard normal [B, *shape]
-            if isinstance(generator, (list, tuple)):
-                return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generator]).to(device)
+            if generators is generator:
+                return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators]).to(device)
             return torch.randn(B, *shape, generator=generator, device=generator.device if generator else device).to(device)
 
-        training = self.training
-        self.eval()
-        given = None if isinstance(labels, int) else labels.cpu()
         guide = [1.0 if given is None else 1 + (guidance - 1) * i / levels if guidance_schedule == "linear" else guidance for i in range(levels)]
         copies = 2 if any(g != 1 for g in guide) else 1                         # labelled half, then unlabelled half
         cond = torch.cat([self.condition(given, B), self.condition(None, B)][:copies])
         cache = [{} for _ in self.transformer.blocks]
         x, outputs = torch.zeros(B, c.channels, c.image_size, c.image_size, device=device), []
-        for i in range(levels):
-            level = torch.full((copies * B,), i, device=device)
-            z = self.transformer(patchify(x, c.patch_size).repeat(copies, 1, 1)[:, None], level[:, None], cond, cache)[:, 0]
-            guided = guide[i] != 1                                              # no second half in the head where guidance is 1
-            S = 2 * B if guided else B
-            projected = self.head.project(z[:S], level[:S], cond[:S])
+        training = self.training
+        self.eval()
+        try:
+            for i in range(levels):
+                level = torch.full((copies * B,), i, device=device)
+                z = self.transformer(patchify(x, c.patch_size).repeat(copies, 1, 1)[:, None], level[:, None], cond, cache)[:, 0]
+                S = 2 * B if guide[i] != 1 else B                                   # no second half in the head where guidance is 1
+                projected = self.head.project(z[:S], level[:S], cond[:S])
 
-            def network(x_t, t):
-                t = torch.full((S, 1), float(t), device=device)
-                if not guided:
-                    return self.head(x_t, t, projected)
-                p, u = self.head(x_t.repeat(2, 1, 1), t, projected).chunk(2)
-                return u + guide[i] * (p - u)
+                def network(x_t, t):
+                    y = self.head(x_t.repeat(S // B, 1, 1), torch.full((S, 1), float(t), device=device), projected)
+                    return y if S == B else y[B:] + guide[i] * (y[:B] - y[B:])
 
-            noise, side = draw(c.num_tokens, c.token_dim), max(1, round(c.levels[i] * c.image_size))
-            if coupling[i] and side < c.image_size // c.patch_size:
-                noise = couple_noise(noise, draw(side ** 2, c.token_dim), side, coupling[i])
-            tokens = self.head.path.sample(network, noise, steps[i], solver, temperature[i], lambda x: draw(*x.shape[1:]))
-            xhat = unpatchify(tokens, c.patch_size, c.channels)
-            if c.target == "residual":
-                xhat = x + self.residual_scale[i] * xhat
-            known = x - self.project(xhat, i) if step_rule == "locked" else 0
-            x = known + self.project(xhat, i + 1)
-            outputs.append(x)
-        self.train(training)
+                noise, side = draw(c.num_tokens, c.token_dim), max(1, round(c.levels[i] * c.image_size))
+                if coupling[i] and side < c.image_size // c.patch_size:
+                    noise = couple_noise(noise, draw(side ** 2, c.token_dim), side, coupling[i])
+                tokens = self.head.path.sample(network, noise, steps[i], solver, temperature[i], lambda x: draw(*x.shape[1:]))
+                xhat = unpatchify(tokens, c.patch_size, c.channels)
+                if c.target == "residual":
+                    xhat = x + self.residual_scale[i] * xhat
+                x = self.project(xhat, i + 1) + (x - self.project(xhat, i) if step_rule == "locked" else 0)
+                outputs.append(x)
+        finally:
+            self.train(training)
         return torch.stack(outputs, 1) if return_levels else x

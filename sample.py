@@ -3,17 +3,14 @@
     python sample.py --ckpt out/digits/ckpt.pt --labels 0-9 --n 100            # out/samples/samples.png
     python sample.py --ckpt out/digits/ckpt.pt --n 1797 --npz samples.npz      # arr_0 uint8 [n, H, W, C], arr_1 int64 [n]
 """
-import argparse
-import os
-import sys
-import time
-import zipfile
+import argparse, os, sys, time, zipfile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from far import CHOICES, FAR, FARConfig, check
@@ -58,16 +55,34 @@ def use_device(name):
         torch.set_float32_matmul_precision("high")                              # TF32
     return device
 
+def training_flops(c):
+    """Floating-point operations of one image's training step: 2 for each multiply-add of a matrix product forward, twice that backward."""
+    k = c.attention == "markov" and c.levels_per_image or len(c.levels)
+    N, D, W, w, K, mix = c.num_tokens, c.token_dim, c.width, c.head_width, c.cond_tokens, c.head_mixing
+    sequences, length = (k, K + N) if c.attention == "markov" else (1, K + k * N)
+    transformer = k * N * 2 * D * W + c.depth * sequences * length * (24 * W * W + 4 * length * W)
+    steered = 1 if mix else N                                                   # modulations a level and draw
+    block = N * (16 * w * w + mix * (8 * w * w + 4 * N * w)) + steered * (12 if mix else 6) * w * w
+    drawn = N * 4 * D * w + steered * (6 * w * w + 128 * w) + c.head_depth * block
+    return 3 * (transformer + k * (2 * (N + mix) * W * w + c.head_draws * drawn))
+
+def matmul_rate(device, dtype):
+    """Floating-point operations a second of a large matrix product: the peak that training is measured against."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n ** 3 / Timer("a @ a", globals=dict(a=a), num_threads=torch.get_num_threads()).blocked_autorange().median
+
 def seed_of(*numbers):
     """One seed from several whole numbers of at least 0, as good as independent of the seed of any others."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 def read_image(path, size, channels=3):
     """A picture, centre-cropped to a square and resized (antialiased): uint8 [channels, size, size]; None if it cannot be read."""
+    mode = {1: "L", 3: "RGB"}[channels]
     try:
         with Image.open(path) as image:
-            image = image.convert({1: "L", 3: "RGB"}[channels])
-    except (OSError, SyntaxError, Image.DecompressionBombError):
+            image = image.convert(mode)
+    except Exception:                                                           # a damaged picture can raise anything
         return None
     if image.size != (size, size):
         image = torchvision.transforms.functional.center_crop(image, min(image.size)).resize((size, size), Image.Resampling.LANCZOS)
@@ -113,6 +128,7 @@ class NpzWriter:
     def __init__(self, path, labels):
         self.path, self.part, self.images = path, path + ".part.npy", None
         self.n, self.labels = (labels, None) if isinstance(labels, int) else (len(labels), labels)
+        check(not os.path.isdir(path), f"--npz {path} is a folder; name a file")
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
 
     def add(self, start, images):
@@ -147,7 +163,7 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0, help="image i depends on seed, i and its label alone (default: %(default)s)")
     p.add_argument("--batch", type=int, default=250, help="images drawn at a time (default: %(default)s)")
     p.add_argument("--out", default="out/samples", help="folder of the pictures (default: %(default)s)")
-    p.add_argument("--levels", action="store_true", help="also write levels.png: a row an image, columns x_1 .. x_F")
+    p.add_argument("--levels", action="store_true", help="also write levels.png: the first image of each class (at most 10), a row each, columns x_1 .. x_F")
     p.add_argument("--npz", help="write all images to this file: arr_0 uint8 [n, H, W, C], arr_1 int64 [n]")
     p.add_argument("--png", help="write every image as a PNG into this folder")
     p.add_argument("--guidance", type=float, default=1.0, help="1: none; more: clearer and less diverse (default: %(default)s)")
@@ -161,7 +177,7 @@ def main(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
 
-    check(args.n >= 1 and args.batch >= 1, "--n and --batch must be at least 1")
+    check(args.n >= 1 and args.batch >= 1 and args.seed >= 0, "--n and --batch must be at least 1, --seed at least 0")
     device = use_device(args.device)
     model, rest = load_checkpoint(args.ckpt, device)
     c, latents = model.config, rest.get("latents")
@@ -176,10 +192,10 @@ def main(argv=None):
         given = getattr(args, name)
         settings[name] = paper if args.paper and given is None else given
     npz = NpzWriter(args.npz, labels) if args.npz else None
-    if args.png:
-        os.makedirs(args.png, exist_ok=True)
+    for folder in (args.out, args.png or args.out):                             # an error now, not after the sampling
+        os.makedirs(folder, exist_ok=True)
     shown = np.unique(np.linspace(0, args.n - 1, min(args.n, 400)).round().astype(int))  # all, or 400 spread evenly over the classes
-    strip = np.unique(np.linspace(0, args.n - 1, min(args.n, 10)).round().astype(int)) if args.levels else []
+    strip = [] if not args.levels else range(min(args.n, 10)) if isinstance(labels, int) else [labels.tolist().index(y) for y in labels.unique()[:10]]
     grid, rows, begin = [], [], time.perf_counter()
     for start, levels in draw_images(model, labels, args.seed, args.batch, return_levels=True, **settings):
         images = pictures(levels[:, -1])
@@ -206,5 +222,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        sys.exit(f"sample.py: {str(error) or 'stopped'}")

@@ -17,13 +17,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import sample
 from far import CHOICES, FAR, FARConfig, ORDERINGS, PRESETS, check
-from sample import load_checkpoint, load_vae, numbers, read_image, seed_of, use_device
+from sample import load_checkpoint, load_vae, matmul_rate, numbers, read_image, seed_of, training_flops, use_device
 
 DATA = {  # data set -> default preset and training settings
     "digits": dict(preset="digits", batch=64, lr=3e-3, ema=0.999, max_minutes=2.0),
@@ -32,9 +31,9 @@ DATA = {  # data set -> default preset and training settings
     "imagenet64": dict(preset="imagenet64", batch=256, lr=4e-4, ema=0.9999, max_minutes=2880.0),
     "latents": dict(preset="far_b", batch=2048, lr=8e-4, ema=0.9999, max_minutes=2880.0),
 }
+KEPT = ("data", "seed", "batch", "lr", "lr_schedule", "warmup", "weight_decay", "clip", "ema", "flip")  # a resumed run keeps them unless told otherwise
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: load(path, config, skip_bad) -> images uint8 [n, C, H, H] (or the moments of latents), labels int64 [n], dict(classes=names, ..)
+# --- Data: load(path, config, skip_bad) -> images uint8 [n, C, H, H] (or the moments of latents), labels int64 [n], dict(classes=names, ..) 
 
 def load_digits(*_):
     """1,797 real 8 x 8 digits of the UCI optical recognition set, values 0..16 stored as 0..255."""
@@ -51,8 +50,9 @@ def load_cifar10(path, *_):
 
 def list_folder(path, option):
     """path/train/<class>/* -> torchvision's ImageFolder."""
+    check(path, f"{option} is missing: the folder that holds train/<class>/*.jpg")
     try:
-        return torchvision.datasets.ImageFolder(os.path.join(path or "", "train"))
+        return torchvision.datasets.ImageFolder(os.path.join(path, "train"))
     except OSError as error:
         raise ValueError(f"{option} {path}: {error}; the folder must hold train/<class>/*.jpg") from None
 
@@ -91,6 +91,7 @@ def memory_map(path, key, shape, classes, chunks):
 
 def load_folder(path, config, skip_bad=False):
     """Images path/train/<class>/*, decoded once in parallel."""
+    check(config.channels in (1, 3), f"--channels is {config.channels}; images have 1 (grey) or 3 (colour)")
     data = list_folder(path, "--path")
     files, read = [file for file, _ in data.samples], functools.partial(read_image, size=config.image_size, channels=config.channels)
     def chunks():
@@ -137,7 +138,7 @@ def load_imagenet64(path, config, skip_bad=False):
 
 def cache_latents(root, name, out, size, device, batch=32):
     """Runs a diffusers AutoencoderKL once over root/train/<class>/* and the mirror images: out/moments.npy float16 [n, 2, 2c, h, w] (mean
-    and log variance), out/latents.json written last. Shared out over the processes of torchrun; a restart does what is missing."""
+    and log variance), labels.npy, and latents.json, written last. Shared out over the processes of torchrun; a restart does what is missing."""
     data, vae, (rank, world) = list_folder(root, "--cache-latents"), load_vae(name, device), (dist.get_rank(), dist.get_world_size())
     files = [file for file, _ in data.samples]
     encode = torch.no_grad()(lambda x: vae.encode(x).latent_dist.parameters)
@@ -145,6 +146,7 @@ def cache_latents(root, name, out, size, device, batch=32):
     moments, finished = os.path.join(out, "moments.npy"), os.path.join(out, f"finished-{key[:8]}.npy")
     if rank == 0 and not os.path.exists(finished):
         os.makedirs(out, exist_ok=True)
+        Path(out, "latents.json").unlink(missing_ok=True)
         np.lib.format.open_memmap(moments, "w+", np.float16, shape)
         np.lib.format.open_memmap(finished, "w+", np.uint8, (len(files),))
     dist.barrier()
@@ -164,14 +166,15 @@ def cache_latents(root, name, out, size, device, batch=32):
     if rank == 0:                                                               # the scale that gives latents variance 1
         mean, log_variance = np.split(array[::max(1, len(files) // 5000)].astype(np.float64), 2, axis=2)
         scale = float((mean.var() + np.exp(log_variance.clip(-30, 20)).mean()) ** -0.5)
-        info = dict(vae=name, scale=scale, shape=shape, classes=data.classes, labels=data.targets)
+        np.save(os.path.join(out, "labels.npy"), np.array(data.targets))
+        info = dict(vae=name, scale=scale, shape=shape, classes=data.classes)
         Path(out, "latents.json").write_text(json.dumps(info))
         print(f"wrote {out}: {len(files)} images and their mirror images, moments {list(shape[2:])}, scale {scale:.4f}")
 
 def load_latents(path, *_):
     info = read_json(os.path.join(path or "", "latents.json"))
     check("scale" in info, f"--path {path}: there is no whole latents.json; make it with --cache-latents IMAGES --vae NAME --path {path}")
-    return torch.from_numpy(np.load(os.path.join(path, "moments.npy"), mmap_mode="c")), torch.tensor(info["labels"]), info
+    return torch.from_numpy(np.load(os.path.join(path, "moments.npy"), mmap_mode="c")), torch.from_numpy(np.load(os.path.join(path, "labels.npy"))), info
 
 def make_batch(images, index, device, flip, scale=None):
     """Images of index [B] on device; `flip` mirrors half of them; latents (scale given) are drawn from their posterior."""
@@ -187,25 +190,7 @@ def epoch_order(n, epoch, seed):
     """The order [n] of an epoch: a fresh permutation that depends on epoch and seed alone."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-
-def training_flops(c):
-    """Floating-point operations of one image's training step: 2 for each multiply-add of a matrix product forward, twice that backward."""
-    k = c.attention == "markov" and c.levels_per_image or len(c.levels)
-    N, D, W, w, K, mix = c.num_tokens, c.token_dim, c.width, c.head_width, c.cond_tokens, c.head_mixing
-    sequences, length = (k, K + N) if c.attention == "markov" else (1, K + k * N)
-    transformer = k * N * 2 * D * W + c.depth * sequences * length * (24 * W * W + 4 * length * W)
-    steered = 1 if mix else N                                                   # modulations a level and draw
-    block = N * (16 * w * w + mix * (8 * w * w + 4 * N * w)) + steered * (12 if mix else 6) * w * w
-    drawn = N * 4 * D * w + steered * (6 * w * w + 128 * w) + c.head_depth * block
-    return 3 * (transformer + k * (2 * (N + mix) * W * w + c.head_draws * drawn))
-
-def matmul_rate(device, dtype):
-    """Floating-point operations a second of a large matrix product: the peak that training is measured against."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n ** 3 / Timer("a @ a", globals=dict(a=a), num_threads=torch.get_num_threads()).blocked_autorange().median
+# --- Training --------------------------------------------------------------------------------------------------------
 
 def make_optimizer(model, lr, weight_decay):
     """AdamW (0.9, 0.95); weight decay on the weights of linear layers only: none on biases, norms and embeddings."""
@@ -219,14 +204,14 @@ def train(args, config, images, labels, info):
     device, ckpt, rank, world = args.device, os.path.join(args.out, "ckpt.pt"), dist.get_rank(), dist.get_world_size()
     torch.manual_seed(args.seed)                                                # the same first weights on every rank
     model = FAR(config).to(device)
-    model.set_residual_scale(make_batch(images, torch.arange(min(2000, len(images))), device, False, info.get("scale")))
+    model.set_residual_scale(make_batch(images, torch.linspace(0, len(images) - 1, min(2000, len(images))).long(), device, False, info.get("scale")))
     ema, optimizer = copy.deepcopy(model).eval().requires_grad_(False), make_optimizer(model, args.lr, args.weight_decay)
-    state = dict(step=0, seconds=0.0, log=[], data=args.data, seed=args.seed, batch=args.batch, latents={name: info[name] for name in ("vae", "scale") if name in info})
+    state = dict(step=0, seconds=0.0, log=[], settings={name: getattr(args, name) for name in KEPT}, latents={name: info[name] for name in ("vae", "scale") if name in info})
     if args.resume:
         ema, state = load_checkpoint(ckpt, device)
         model.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
-        optimizer.param_groups[0]["weight_decay"] = args.weight_decay
+        optimizer.param_groups[0]["weight_decay"], state["settings"] = args.weight_decay, {name: getattr(args, name) for name in KEPT}
         del state["config"]
     averaged = list(ema.parameters()), [p.detach() for p in model.parameters()]
     if args.checkpoint_activations:
@@ -234,7 +219,7 @@ def train(args, config, images, labels, info):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     network = torch.compile(model) if args.compile else model
     if world > 1:
-        network = torch.nn.parallel.DistributedDataParallel(network)
+        network = torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
     if device.type == "cuda" and images.nbytes < 0.4 * torch.cuda.mem_get_info(device)[0]:
         images, labels = images.to(device), labels.to(device)
     share = training_flops(config) / world / matmul_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
@@ -243,8 +228,8 @@ def train(args, config, images, labels, info):
     writer = csv.writer(log)
     writer.writerows([["step", "seconds", "images_per_second", "loss", *(f"level_{i + 1}" for i in range(len(config.levels)))], *state["log"]])
     bar = tqdm(total=args.steps or round(limit), unit="step" if args.steps else "s", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} {unit}, {remaining} left{postfix}", disable=rank > 0)
-    interrupted, done, total = [], False, torch.zeros((), device=device)
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(1))              # Ctrl-C: finish the step in hand, save, stop
+    interrupted, done, total, first_bad = [], False, torch.zeros((), device=device), torch.full((), torch.inf, device=device)
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, signal.default_int_handler)))  # Ctrl-C: finish the step, save, stop
     start, logged, saved = time.perf_counter() - state["seconds"], (state["step"], state["seconds"]), state["seconds"]
     while not done:
         torch.manual_seed(seed_of(args.seed, rank, state["step"]))              # a resumed run draws what it would have drawn
@@ -262,9 +247,11 @@ def train(args, config, images, labels, info):
                 loss = network(x, y) / len(parts)
             loss.backward()
             total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         state["step"] += 1
+        first_bad = torch.where(norm.isfinite(), first_bad, first_bad.clamp(max=state["step"]))
+        optimizer.found_inf = first_bad.isfinite().float()                      # the fused step leaves the weights alone from there on
+        optimizer.step()
         torch._foreach_lerp_(*averaged, 1 - min(args.ema, (1 + state["step"]) / (10 + state["step"])))
         clock = torch.tensor([time.perf_counter() - start, len(interrupted)], dtype=torch.float64)
         dist.broadcast(clock, 0)                                                # all ranks stop at the same step
@@ -276,19 +263,20 @@ def train(args, config, images, labels, info):
             dist.all_reduce(mean)
             mean, rate = mean.item() / world / count, count * args.batch / (state["seconds"] - logged[1])
             with torch.no_grad():
-                by_level = ema.level_losses(x[:256], None if y is None else y[:256]).tolist()
+                good = bool(np.isfinite(mean) and first_bad == torch.inf)
+                by_level = (ema if good else model).level_losses(x[:256], None if y is None else y[:256]).tolist()
             bad = [i + 1 for i, value in enumerate(by_level) if not np.isfinite(value)]
             kept = f"{ckpt} holds the last good state, for --resume" if os.path.exists(ckpt) else "nothing was saved yet"
-            check(np.isfinite(mean) and not bad, f"the loss is {mean} at step {state['step']}, not finite at levels {bad}: lower --lr; {kept}")
+            check(good and not bad, f"the loss or its gradient is not finite since step {min(first_bad.item(), state['step']):.0f}, levels {bad or 'unknown'}: lower --lr; {kept}")
             state["log"].append([state["step"], round(state["seconds"], 1), round(rate, 1), round(mean, 5), *(round(value, 5) for value in by_level)])
             writer.writerow(state["log"][-1])
             bar.set_postfix_str(f"step {state['step']}, loss {mean:.4f}, {rate:.0f} images/s, {100 * rate * share:.0f} % of peak", refresh=False)
-            logged = state["step"], state["seconds"]
             total.zero_()
             if rank == 0 and (done or state["seconds"] - saved > 60 * args.save_minutes):
                 torch.save(dict(state, config=config.to_dict(), model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()), ckpt + ".part")
                 os.replace(ckpt + ".part", ckpt)                                # the checkpoint is whole or not there, and its loss finite
                 saved = state["seconds"]
+            logged = state["step"], time.perf_counter() - start                 # the rate leaves out what logging takes
     bar.close()
     log.close()
     if interrupted:
@@ -297,8 +285,7 @@ def train(args, config, images, labels, info):
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(f"wrote {ckpt} and {log.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {rate:.3g} images/s, peak memory {memory / 2 ** 30:.2f} GiB")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
+# --- Command line ----------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False)
@@ -344,11 +331,14 @@ def parse_args(argv=None):
     return args
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     config, ckpt, world = args.config, os.path.join(args.out, "ckpt.pt"), int(os.environ.get("WORLD_SIZE", 1))
     for name in "steps max_minutes batch grad_accum lr warmup log_every clip save_minutes".split():
         check(getattr(args, name) is None or getattr(args, name) > 0, f"--{name.replace('_', '-')} must be above 0")
     check(0 <= args.ema < 1, f"--ema is {args.ema}; it must lie in [0, 1)")
+    check(args.seed >= 0 and args.weight_decay >= 0, "--seed and --weight-decay must be at least 0")
+    check(config.cond_dim == 0, "--cond-dim is for models that are trained from Python with embeddings; the data here has classes")
     check(args.batch % (args.grad_accum * world) == 0, f"--batch {args.batch} is not divisible by --grad-accum {args.grad_accum} times {world} processes")
     check(not (args.resume and args.overwrite), "--resume and --overwrite exclude each other")
     args.device = use_device(args.device)
@@ -364,10 +354,14 @@ def main(argv=None):
         config = model.config
         for name, value in args.given.items():
             check(getattr(config, name) == (tuple(value) if name == "levels" else value), f"--{name.replace('_', '-')} {value} contradicts the run in {args.out}, which has {getattr(config, name)}")
-        for name in ("data", "seed", "batch"):
-            check(getattr(args, name) == state[name], f"the run in {args.out} has --{name} {state[name]}: give the same")
+        for name, value in state["settings"].items():
+            if name in ("data", "seed", "batch"):
+                check(getattr(args, name) == value, f"the run in {args.out} has --{name} {value}: give the same")
+            elif not any(flag.split("=")[0].replace("--no-", "--") == "--" + name.replace("_", "-") for flag in argv):
+                setattr(args, name, value)
         check((args.steps or float("inf")) > state["step"] and (args.max_minutes or float("inf")) * 60 > state["seconds"],
               f"the run in {args.out} is finished, with {state['step']} steps in {state['seconds'] / 60:.1f} minutes: raise --steps or --max-minutes")
+        del model, state
     for turn in range(2):                                                       # rank 0 first: it builds what the others map
         if turn == min(dist.get_rank(), 1):
             images, labels, info = globals()["load_" + args.data](args.path, config, args.skip_bad)
@@ -383,6 +377,8 @@ def main(argv=None):
     if "vae" in info:
         load_vae(info["vae"])                                                   # an error now, not after the training
     os.makedirs(args.out, exist_ok=True)
+    if args.overwrite and dist.get_rank() == 0:
+        Path(ckpt).unlink(missing_ok=True)
     handler = signal.getsignal(signal.SIGINT)
     try:
         train(args, config, images, labels, info)
@@ -395,5 +391,5 @@ if __name__ == "__main__":
     try:
         main()
         dist.destroy_process_group()
-    except (ValueError, OSError) as error:
-        sys.exit(f"train_cifar.py: {error}")
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        sys.exit(f"train_cifar.py: {str(error) or 'stopped'}")
