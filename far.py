@@ -80,9 +80,9 @@ LATENTS = dict(image_size=16, channels=16, patch_size=1, num_classes=1000, level
                head_mixing=False, head_draws=4, dropout=0.1)
 PRESETS = {
     "digits": dict(image_size=8, channels=1, levels=(0.25, 0.5, 1.0), ordering="dct", width=128, depth=1, heads=4, head_width=128, head_depth=4,
-                   levels_per_image=1, head_steps=32, temperature=1.08),
-    "cifar": dict(levels_per_image=1),
-    "imagenet64": dict(image_size=64, num_classes=1000, levels_per_image=1, width=768, depth=8, heads=12, head_width=768, head_depth=8),
+                   levels_per_image=1, head_steps=32, temperature=1.05),
+    "cifar": dict(ordering="dct", levels_per_image=1),
+    "imagenet64": dict(image_size=64, num_classes=1000, levels=(0.125, 0.25, 0.5, 1.0), ordering="dct", levels_per_image=1, width=768, depth=8, heads=12, head_width=768, head_depth=8),
     "far_b": dict(LATENTS, width=768, depth=24, heads=12, head_width=1024, head_depth=3),
     "far_l": dict(LATENTS, width=1024, depth=32, heads=16, head_width=1024, head_depth=4),
     "far_h": dict(LATENTS, width=1280, depth=40, heads=16, head_width=1024, head_depth=6),
@@ -96,23 +96,23 @@ def check(ok, message):
 
 @dataclass
 class FARConfig:
-    """All settings of a model; the defaults are the `cifar` preset but for levels_per_image. Raises ValueError on impossible settings."""
+    """All settings of a model; the defaults are the `cifar` preset but for ordering and levels_per_image. Raises ValueError on impossible settings."""
     image_size: int = 32                # H
     channels: int = 3                   # C
     patch_size: int = 4                 # p
     num_classes: int = 10               # 0: no class labels
-    levels: tuple = (0.125, 0.25, 0.5, 1.0)  # keep_1 < .. < keep_F = 1
+    levels: tuple = (0.25, 0.5, 1.0)    # keep_1 < .. < keep_F = 1
     ordering: str = "fourier"           # a name in ORDERINGS
     width: int = 256                    # transformer
-    depth: int = 4
-    heads: int = 8                      # attention heads of the transformer and of a mixing head
+    depth: int = 1
+    heads: int = 4                      # attention heads of the transformer and of a mixing head
     dropout: float = 0.0
     cond_tokens: int = 0                # K tokens in front of all levels: copies of the class, or embeddings; 0: the class is only added
     cond_dim: int = 0                   # > 0: labels are embeddings [B, K, cond_dim], e.g. of a text
     attention: str = "markov"           # causal: a level sees itself and all earlier ones; markov: itself alone
     levels_per_image: int = 0           # markov: random levels trained per image and step; 0 (and always with causal): all
     head_width: int = 256               # diffusion head
-    head_depth: int = 6
+    head_depth: int = 5
     head_mixing: bool = True            # tokens of a level attend to each other in the head
     head_draws: int = 1                 # noise draws per token and transformer pass in training
     prediction: str = "v"               # v: velocity, eps: noise
@@ -122,7 +122,7 @@ class FARConfig:
     loss_weighting: bool = False        # w_i of loss_weights
     label_dropout: float = 0.1          # share of labels dropped, for guidance
     solver: str = "dpmpp_2m"            # defaults of FAR.sample
-    head_steps: object = 16             # int, one int a level, or "paper" (40 to 100)
+    head_steps: object = 12             # int, one int a level, or "paper" (40 to 100)
     temperature: object = 1.0           # float, one a level, or "paper" (0.8 to 1)
 
     def __post_init__(self):
@@ -137,7 +137,7 @@ class FARConfig:
             check(f.type is not float or isinstance(value, (int, float)) and 0 <= value <= 1, f"{f.name} is {value!r}; it must lie in [0, 1]")
             check(f.type is not bool or isinstance(value, bool), f"{f.name} is {value!r}; it must be True or False")
         check(self.image_size % self.patch_size == 0, f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
-        check(self.width % self.heads == 0, f"width {self.width} is not divisible by heads {self.heads}")
+        check(self.width % self.heads == 0 and self.width % 4 == 0, f"width {self.width} is not divisible by heads {self.heads} and by 4")
         check(self.head_width % self.heads == 0 or not self.head_mixing, f"head_width {self.head_width} is not divisible by heads {self.heads}")
         check(len(self.levels) > 0 and all(a < b for a, b in zip((0, *self.levels), self.levels)) and self.levels[-1] == 1,
               f"levels are {self.levels}; they must increase from above 0 to exactly 1")
@@ -217,6 +217,12 @@ def per_level(value, F, name):
 
 # --- Transformer: z_i from x_0 .. x_i ---------------------------------------------------------------------------------
 
+def sincos_2d(G, W):
+    """Position embeddings [G^2, W] of a G x G grid: sines and cosines of row and column at W/4 frequencies from 1 down to 1/100 a token."""
+    angle = torch.arange(G)[:, None] * 100 ** (-torch.arange(W // 4) / (W // 4))  # [G, W / 4]
+    axis = torch.cat([angle.sin(), angle.cos()], 1)                             # [G, W / 2]
+    return torch.cat([axis.repeat_interleave(G, 0), axis.repeat(G, 1)], 1)
+
 class Attention(nn.Module):
     """Multi-head self-attention, [S, T, W] -> [S, T, W]; `mask` [T, T] as in block_causal_mask, `cache` holds earlier keys and values."""
 
@@ -258,7 +264,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.c = c
         self.input = nn.Linear(c.token_dim, c.width)
-        self.position = nn.Parameter(0.02 * torch.randn(c.num_tokens, c.width))
+        self.position = nn.Parameter(sincos_2d(math.isqrt(c.num_tokens), c.width))  # learned from there
         self.level = nn.Embedding(len(c.levels), c.width)
         self.label = nn.Linear(c.cond_dim, c.width) if c.cond_dim else nn.Embedding(c.num_classes, c.width) if c.num_classes else None
         self.no_label = nn.Parameter(0.02 * torch.randn(c.cond_tokens if c.cond_dim else 1, c.width))

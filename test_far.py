@@ -1,6 +1,7 @@
 """Laws and values of FAR, each against an independent formula, library or brute force. Run: pytest"""
 import ast
 import contextlib
+import functools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import scipy.fft
 import scipy.integrate
+import scipy.linalg
 import scipy.stats
 import torch
 from PIL import Image
@@ -177,6 +179,18 @@ def test_cached_sampling_equals_the_uncached_pass(settings):
     z, cache = model.transformer(tokens, torch.arange(3).expand(2, 3), cond), [{}, {}]
     for i in range(3):
         assert torch.allclose(model.transformer(tokens[:, i:i + 1], torch.full((2, 1), i), cond, cache)[:, 0], z[:, i], atol=1e-5)
+
+
+def test_sincos_positions_by_hand():
+    """Row and column as sines and cosines; the inner product of two places depends on their distance alone."""
+    e = far.sincos_2d(5, 16)
+    for place in range(25):
+        for k in range(4):
+            for part, value in ((0, place // 5), (8, place % 5)):
+                assert e[place, part + k].item() == pytest.approx(math.sin(value * 100 ** (-k / 4)), abs=1e-5)
+                assert e[place, part + 4 + k].item() == pytest.approx(math.cos(value * 100 ** (-k / 4)), abs=1e-5)
+    product = (e @ e.T).view(5, 5, 5, 5)
+    assert torch.allclose(product[:4, :4, :4, :4], product[1:, 1:, 1:, 1:], atol=1e-5) and (product < product[0, 0, 0, 0] + 1e-5).all()
 
 
 def test_every_condition_token_position_and_level_matters():
@@ -547,7 +561,7 @@ def test_head_steps_are_counted_per_level(monkeypatch):
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(patch_size=3), "divisible"), (dict(width=30, heads=4), "divisible"), (dict(head_width=30, heads=4), "divisible"),
+    (dict(patch_size=3), "divisible"), (dict(width=30, heads=4), "divisible"), (dict(width=30, heads=3), "by 4"), (dict(head_width=30, heads=4), "divisible"),
     (dict(levels=(0.5, 0.25, 1)), "increase"), (dict(levels=(0.25, 0.5)), "exactly 1"), (dict(levels=()), "increase"), (dict(levels=(0.0, 1.0)), "increase"),
     (dict(levels=(0.5, 1.0, 1.5)), "increase"), (dict(ordering="spiral"), "fourier"), (dict(target="half"), "residual"), (dict(attention="full"), "markov"),
     (dict(prediction="x"), "eps"), (dict(schedule="square"), "cosine"), (dict(mask="some"), "reference"), (dict(solver="heun"), "dpmpp_2m"),
@@ -769,10 +783,27 @@ def test_sample_writes_pictures_npz_and_pngs(digits, tmp_path):
     x, y = arrays[1]["arr_0"], arrays[1]["arr_1"]
     assert x.shape == (12, 8, 8, 1) and x.dtype == np.uint8 and y.dtype == np.int64 and y.tolist() == [1] * 4 + [4] * 4 + [5] * 4
     assert np.abs(x.astype(int) - arrays[0]["arr_0"]).max() <= 1                # whatever the batch size
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "png" / "000003.png"))[..., 0], x[3, :, :, 0])
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "png" / "000003.png")), x[3, :, :, 0])
     assert Image.open(tmp_path / "levels.png").size == (3 * 50 + 2, 3 * 50 + 2)    # the first image of each class
     grid = np.asarray(Image.open(tmp_path / "samples.png"))[2:50, 52:100, 0]    # second image, each pixel enlarged 6 times
     assert np.array_equal(grid[::6, ::6], x[1, :, :, 0]) and sorted(os.listdir(tmp_path)) == ["levels.png", "png", "s.npz", "samples.png"]
+
+
+def test_score_by_brute_force():
+    g = np.random.default_rng(0)
+    real, fake = g.integers(0, 200, (60, 2, 2, 1)).astype(np.uint8), g.integers(50, 256, (40, 2, 2, 1)).astype(np.uint8)
+    truth, labels, k = g.integers(0, 3, 60), g.integers(0, 3, 40), 5
+    got = sample.score(torch.from_numpy(fake), torch.from_numpy(labels), torch.from_numpy(real), torch.from_numpy(truth))
+    a, b = fake.reshape(40, 4) / 255, real.reshape(60, 4) / 255
+    A, B = np.cov(a.T), np.cov(b.T)
+    fd = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B - 2 * scipy.linalg.sqrtm(A @ B).real)
+    far_from = lambda x, y: sorted(np.linalg.norm(x - other) for other in y)
+    inside = lambda x, y: any(np.linalg.norm(x - other) <= far_from(other, y)[k] for other in y)   # [0] is the point itself
+    votes = [np.bincount(truth[np.argsort([np.linalg.norm(x - other) for other in b])[:k]], minlength=3) for x in a]
+    want = dict(fd=fd, precision=np.mean([inside(x, b) for x in a]), recall=np.mean([inside(x, a) for x in b]), class_acc=np.mean([v.argmax() == y for v, y in zip(votes, labels)]))
+    assert 0.1 < want["recall"] < 0.9 and want == pytest.approx(got, abs=1e-6)
+    same = sample.score(torch.from_numpy(real), torch.from_numpy(truth), torch.from_numpy(real), torch.from_numpy(truth))
+    assert same["precision"] == same["recall"] == 1 and same["fd"] == pytest.approx(0, abs=1e-6)
 
 
 def test_load_checkpoint_gives_ema_weights(digits):
@@ -801,7 +832,7 @@ def test_bad_checkpoints(digits, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--seed", "-1"], "at least 0"), (["--npz", "."], "is a folder"), (["--labels", "0-10"], "0 to 9"), (["--labels", "cat"], "not understood"), (["--labels", "5-3"], "out of range"), (["--n", "0"], "at least 1"), (["--head-steps", "0"], "at least 1")])
+    (["--seed", "-1"], "at least 0"), (["--npz", "."], "is a folder"), (["--real", "nowhere"], "an npz file"), (["--labels", "0-10"], "0 to 9"), (["--labels", "cat"], "not understood"), (["--labels", "5-3"], "out of range"), (["--n", "0"], "at least 1"), (["--head-steps", "0"], "at least 1")])
 def test_wrong_sample_flags(digits, flags, words):
     with pytest.raises(ValueError, match=words):
         sample.main(["--ckpt", os.path.join(digits, "ckpt.pt"), *flags])
@@ -1081,6 +1112,15 @@ def test_far_h_takes_a_step_in_80_gb(monkeypatch):
     weights = sum(p.nbytes for p in model.parameters())
     kept = sum(x.untyped_storage().nbytes() for x in kept.values())             # the weights among them
     assert 2 * weights < kept and 4 * weights + kept < 80e9, (weights, kept)
+
+
+def test_compiled_training_equals_uncompiled(tmp_path, monkeypatch):
+    """The captured graphs, run by PyTorch's own operators (no C++ compiler), leave the same weights."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    for name, extra in (("a", []), ("b", ["--compile"])):
+        train_cifar.main([*SMALL, "--steps", "3", "--out", str(tmp_path / name), *extra])
+    first, second = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True)["model"] for d in "ab")
+    assert all(torch.allclose(first[k], second[k], atol=1e-5) for k in first)
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path):

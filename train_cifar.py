@@ -26,8 +26,8 @@ from sample import load_checkpoint, load_vae, matmul_rate, numbers, read_image, 
 
 DATA = {  # data set -> default preset and training settings
     "digits": dict(preset="digits", batch=64, lr=3e-3, ema=0.999, max_minutes=2.0),
-    "cifar10": dict(preset="cifar", batch=128, lr=1e-3, ema=0.9995, max_minutes=60.0),
-    "folder": dict(preset="cifar", batch=128, lr=1e-3, ema=0.9995, max_minutes=60.0),
+    "cifar10": dict(preset="cifar", batch=128, lr=1e-3, ema=0.999, steps=5000),
+    "folder": dict(preset="cifar", batch=128, lr=1e-3, ema=0.999, steps=5000),
     "imagenet64": dict(preset="imagenet64", batch=256, lr=4e-4, ema=0.9999, max_minutes=2880.0),
     "latents": dict(preset="far_b", batch=2048, lr=8e-4, ema=0.9999, max_minutes=2880.0),
 }
@@ -178,7 +178,8 @@ def load_latents(path, *_):
 
 def make_batch(images, index, device, flip, scale=None):
     """Images of index [B] on device; `flip` mirrors half of them; latents (scale given) are drawn from their posterior."""
-    x = images[index.to(images.device)].to(device, non_blocking=True)
+    x = images[index.to(images.device)]
+    x = (x.pin_memory() if device.type == "cuda" and not x.is_cuda else x).to(device, non_blocking=True)
     mirror = torch.rand(len(x), 1, 1, 1, device=device) < (0.5 if flip else 0.0)
     if scale is None:
         return torch.where(mirror, x.flip(3), x)
@@ -217,6 +218,7 @@ def train(args, config, images, labels, info):
     if args.checkpoint_activations:
         for block in (*model.transformer.blocks, *model.head.blocks):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    torch.backends.cuda.enable_flash_sdp(device.type == "cuda" or not args.bf16)  # on a CPU its backward pass in bfloat16 is slow
     network = torch.compile(model) if args.compile else model
     if world > 1:
         network = torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
@@ -300,14 +302,14 @@ def parse_args(argv=None):
     p.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
     p.add_argument("--cache-latents", metavar="DIR", help="encode DIR/train/<class>/* with --vae into --path, for --data latents; trains nothing")
     p.add_argument("--vae", help="name or folder of a diffusers AutoencoderKL")
-    p.add_argument("--steps", type=int, help="stop after so many steps (default: no bound)")
-    p.add_argument("--max-minutes", type=float, help=f"stop after so long (default: {defaults['max_minutes']:g}, none with --steps)")
+    p.add_argument("--steps", type=int, help=f"stop after so many steps (default: {defaults.get('steps')}, none with --max-minutes)")
+    p.add_argument("--max-minutes", type=float, help=f"stop after so long (default: {defaults.get('max_minutes')}, none with --steps)")
     p.add_argument("--out", default=os.path.join("out", chosen.data), help="folder to write (default: %(default)s)")
     p.add_argument("--resume", action="store_true", help="continue the run in --out; the model's settings come from there")
     p.add_argument("--overwrite", action="store_true", help="start again although --out holds a run")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    p.add_argument("--lr-schedule", choices=("linear", "constant"), help="linear (default with --max-minutes) falls to 0 at the end; constant: default with --steps alone")
-    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA)")
+    p.add_argument("--lr-schedule", choices=("linear", "constant"), help="linear (default) falls to 0 at the end; constant: default with --steps alone")
+    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: yes, but for digits on a CPU)")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=chosen.data != "digits", help="mirror half of the images")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--checkpoint-activations", action="store_true", help="less memory, a third more arithmetic")
@@ -323,9 +325,10 @@ def parse_args(argv=None):
         options = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices={**CHOICES, "ordering": ORDERINGS}.get(f.name))
         group.add_argument(flag, help=f"default: {value}", **options)
     args = p.parse_args(argv)
-    args.bf16 = args.device.startswith("cuda") if args.bf16 is None else args.bf16
-    args.max_minutes = defaults["max_minutes"] if args.max_minutes is None and args.steps is None else args.max_minutes
-    args.lr_schedule = args.lr_schedule or ("linear" if args.max_minutes else "constant")
+    args.bf16 = chosen.data != "digits" or args.device.startswith("cuda") if args.bf16 is None else args.bf16
+    args.lr_schedule = args.lr_schedule or ("constant" if args.steps and not args.max_minutes else "linear")
+    if args.steps is None and args.max_minutes is None:
+        args.steps, args.max_minutes = defaults.get("steps"), defaults.get("max_minutes")
     args.given = {f.name: getattr(args, f.name) for f in fields(FARConfig) if getattr(args, f.name) is not None}
     args.config = FARConfig.preset(chosen.preset or defaults["preset"], args.paper, **args.given)
     return args
