@@ -3,8 +3,9 @@
 An image is generated from low to high frequencies. Level i shows x_i, the image low-passed to a share keep_i of its
 bandwidth; x_0 = 0 and x_F is the image. A transformer reads x_0 .. x_i and says z_i, one vector a token (`Transformer`);
 a small diffusion network draws the image's tokens given z_i (`DiffusionHead`); a spectral filter turns the draw into x_{i+1}
-(`ORDERINGS`). `FAR.forward` is the training loss, `FAR.sample` the generation loop. The file reads top to bottom in that order. Two shortcuts
-measured better and are the default: the transformer sees x_i alone (`attention="markov"`), the head draws a level's tokens jointly (`head_mixing`).
+(`ORDERINGS`). `FAR.forward` is the training loss, `FAR.sample` the generation loop. The file reads top to bottom in that
+order. Two shortcuts measured better and are the default: the transformer sees x_i alone (`attention="markov"`), the head draws a
+level's tokens jointly (`head_mixing`).
 
 Letters as in the paper: B batch, C channels, H side, p patch side, N = (H/p)^2 tokens of D = C p^2 numbers, F levels, W width.
 """
@@ -82,7 +83,8 @@ PRESETS = {
     "digits": dict(image_size=8, channels=1, levels=(0.25, 0.5, 1.0), ordering="dct", width=128, depth=1, heads=4, head_width=128, head_depth=4,
                    levels_per_image=1, head_steps=32, temperature=1.05),
     "cifar": dict(ordering="dct", levels_per_image=1),
-    "imagenet64": dict(image_size=64, num_classes=1000, levels=(0.125, 0.25, 0.5, 1.0), ordering="dct", levels_per_image=1, width=768, depth=8, heads=12, head_width=768, head_depth=8),
+    "imagenet64": dict(image_size=64, num_classes=1000, levels=(0.125, 0.25, 0.5, 1.0), ordering="dct", levels_per_image=1,
+                       width=768, depth=8, heads=12, head_width=768, head_depth=8),
     "far_b": dict(LATENTS, width=768, depth=24, heads=12, head_width=1024, head_depth=3),
     "far_l": dict(LATENTS, width=1024, depth=32, heads=16, head_width=1024, head_depth=4),
     "far_h": dict(LATENTS, width=1280, depth=40, heads=16, head_width=1024, head_depth=6),
@@ -375,7 +377,8 @@ class Path:
 # --- Diffusion head: p(tokens | z) ------------------------------------------------------------------------------------
 
 class HeadBlock(nn.Module):
-    """AdaLN-Zero residual block (Peebles & Xie 2023; DiffusionHead zeroes the modulation), h [S, N, w], c [S, N or 1, w] -> [S, N, w]; `mixing` adds attention over the N tokens."""
+    """AdaLN-Zero residual block (Peebles & Xie 2023), h [S, N, w], c [S, N or 1, w] -> [S, N, w]; `mixing` adds attention over the N
+    tokens. DiffusionHead starts the modulation at zero, which makes the block the identity."""
 
     def __init__(self, width, heads, mixing):
         super().__init__()
@@ -546,7 +549,7 @@ class FAR(nn.Module):
         check(type(labels) is int or torch.is_tensor(labels) and labels.ndim > 0, f"labels are {labels!r}; allowed: a tensor, or a number of images")
         B, given = (labels, None) if type(labels) is int else (len(labels), labels.cpu())
         check(B >= 1, "no labels given: ask for at least one image")
-        generators = generator if isinstance(generator, (list, tuple)) else [generator] if generator else []
+        generators = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
         check(all(isinstance(g, torch.Generator) for g in generators), f"generator is {generator!r}; allowed: a torch.Generator, or a list of one an image")
         check(generators is not generator or len(generator) == B, f"a list of generators needs one for each of {B} images")
 

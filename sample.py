@@ -19,7 +19,7 @@ def load_checkpoint(path, device="cpu"):
     """Reads a checkpoint of train_cifar.py -> (FAR with the EMA weights, in eval mode, on device; dict of the rest).
 
     Raises ValueError with one sentence if the file is missing, cut off, or no FAR checkpoint."""
-    check(os.path.isfile(path), f"{path} is not a file; train a model first: python train_cifar.py --data digits")
+    check(os.path.isfile(path), f"{path} is not a file; train a model, python train_cifar.py --data digits, and name it with --ckpt")
     try:
         rest = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -148,16 +148,14 @@ class NpzWriter:
             with self.archive.open("arr_1.npy", "w") as f:
                 np.lib.format.write_array(f, labels.numpy())
 
-    def add(self, images):
-        """images: uint8 [B, H, W, C], the next ones."""
+    def add(self, images):                                                      # the next ones, uint8 [B, H, W, C]
         if not self.file:
             self.file = self.archive.open("arr_0.npy", "w", force_zip64=True)
             np.lib.format.write_array_header_1_0(self.file, dict(descr="|u1", fortran_order=False, shape=(self.n, *images.shape[1:])))
         self.file.write(images.numpy().tobytes())
 
     def close(self):
-        self.file.close()
-        self.archive.close()
+        self.file.close(), self.archive.close()
         os.replace(self.path + ".part", self.path)
 
 def numbers(kind, alone=True):
@@ -196,7 +194,7 @@ def main(argv=None):
     device = use_device(args.device)
     model, rest = load_checkpoint(args.ckpt, device)
     c, latents = model.config, rest.get("latents")
-    vae = load_vae(latents["vae"], device) if latents else None
+    vae = load_vae(latents["vae"], device) if latents and not args.export else None
 
     def pictures(x):                                                            # [n, C, H, H] -> images on the CPU
         return torch.cat([vae.decode(z.to(device) / latents["scale"]).sample.cpu() for z in x.split(16)]) if vae else x
@@ -206,18 +204,20 @@ def main(argv=None):
     settings |= {name: getattr(args, name) for name in ("guidance", "guidance_schedule") if getattr(args, name) is not None}
     if args.export:
         half = {name: value.half() for name, value in model.state_dict().items()}  # load_checkpoint makes them float32 again
+        os.makedirs(os.path.dirname(args.export) or ".", exist_ok=True)
         torch.save(dict(config=c.to_dict(), ema=half, sampling={name: settings[name] for name in ("guidance", "guidance_schedule")}, latents=latents), args.export + ".part")
         os.replace(args.export + ".part", args.export)
         return print(f"wrote {args.export}, {os.path.getsize(args.export) / 1e6:.1f} MB")
     for name, paper in dict(solver="ddpm", head_steps="paper", temperature="paper").items():
         settings[name] = paper if args.paper and getattr(args, name) is None else getattr(args, name)
-    real, kept = [torch.from_numpy(x) for x in np.load(args.real).values()] if args.real and zipfile.is_zipfile(args.real) else [], []
-    check(not args.real or len(real) == 2 and real[0].shape[1:] == (c.image_size, c.image_size, c.channels) and torch.is_tensor(labels),
-          f"--real {args.real} must be an npz file of images [m, {c.image_size}, {c.image_size}, {c.channels}] and labels, for a model with classes")
+    arrays = np.load(args.real).values() if args.real and zipfile.is_zipfile(args.real) else []
+    real, kept = sorted((torch.from_numpy(x) for x in arrays if isinstance(x, np.ndarray)), key=torch.Tensor.dim, reverse=True), []
+    check(not args.real or [x.shape[1:] for x in real] == [(c.image_size, c.image_size, c.channels), ()] and len(real[0]) == len(real[1]) > 5
+          and args.n > 5 and torch.is_tensor(labels) and not vae, f"--real {args.real} must be an npz file of images [m, H, H, C], of the model's size, and m labels; m and --n above 5")
     npz = NpzWriter(args.npz, labels) if args.npz else None
     os.makedirs(args.out, exist_ok=True), os.makedirs(args.png or args.out, exist_ok=True)  # an error now, not after the sampling
     shown = np.unique(np.linspace(0, args.n - 1, min(args.n, 400)).round().astype(int))  # all, or 400 spread evenly over the classes
-    strip = [] if not args.levels else range(min(args.n, 10)) if isinstance(labels, int) else [labels.tolist().index(y) for y in labels.unique()[:10]]
+    strip = [] if not args.levels else range(min(args.n, 10)) if isinstance(labels, int) else np.unique(labels.numpy(), return_index=True)[1][:10]
     grid, rows, begin = [], [], time.perf_counter()
     for start, levels in draw_images(model, labels, args.seed, args.batch, bf16=device.type == "cuda" if args.bf16 is None else args.bf16, return_levels=True, **settings):
         images = pictures(levels[:, -1])

@@ -500,17 +500,20 @@ def test_guidance_schedule_and_no_guidance_batch_where_it_is_1(settings, monkeyp
     assert torch.allclose(got, x, atol=1e-3)
 
 
-def test_sampling_is_the_same_in_training_mode_and_leaves_mode_and_random_state():
+def test_sampling_is_the_same_in_training_mode_and_leaves_mode_and_random_state(monkeypatch):
     model = tiny(**CAUSAL, mask="text", dropout=0.5)
     want = model.sample(torch.arange(3), generator=seeded())
     model.train()
     state = torch.get_rng_state()
     assert torch.equal(model.sample(torch.arange(3), generator=seeded()), want) and model.training and model.head.training
     assert torch.equal(torch.get_rng_state(), state)
-    for labels, generator in ((torch.tensor([10]), None), (1, 5)):
+    for labels, generator in ((torch.tensor([10]), None), (1, 5), (1, 0)):
         with pytest.raises(ValueError):
             model.sample(labels, generator=generator)
-        assert model.training
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):     # also after a failure in the middle
+        broken.setattr(model.head, "project", lambda *_: 1 / 0)
+        model.sample(1)
+    assert model.training and model.head.training
     torch.nn.Linear(8, 8)(want).sum().backward()                                # images may be used in another loss
 
 
@@ -672,7 +675,8 @@ def test_digits_data_is_the_uci_set():
 @pytest.mark.parametrize("extra", [[], ["--paper"]])
 def test_resume_is_bit_exact(tmp_path, extra):
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    flags = [*SMALL, *extra, "--head-steps", "2", "--lr", "1e-3", "--warmup", "1"]
+    flags = [*SMALL, *extra, "--head-steps", "2", "--lr", "1e-3", "--warmup", "1", "--lr-schedule", "constant", "--ema", "0.5", "--clip", "0.1", "--weight-decay", "0.5",
+             "--flip", "--bf16", "--grad-accum", "2", "--batch", "32", "--seed", "3"]  # none the default: a resumed run keeps them all
     train_cifar.main([*flags, "--steps", "12", "--out", a])
     train_cifar.main([*flags, "--steps", "5", "--out", b])
     train_cifar.main(["--steps", "12", "--out", b, "--resume", "--log-every", "5", *extra])
@@ -681,7 +685,7 @@ def test_resume_is_bit_exact(tmp_path, extra):
     for part in ("model", "ema"):
         assert all(torch.equal(first[part][k], second[part][k]) for k in first[part])
     assert not all(torch.equal(first["model"][k], first["ema"][k]) for k in first["model"])
-    assert first["optimizer"]["param_groups"][0]["lr"] == second["optimizer"]["param_groups"][0]["lr"] == 1e-3   # kept, though the default is another
+    assert first["optimizer"]["param_groups"][0]["lr"] == second["optimizer"]["param_groups"][0]["lr"] == 1e-3
     assert len(open(os.path.join(a, "log.csv")).readlines()) == len(open(os.path.join(b, "log.csv")).readlines()) == 4
     assert not [name for name in os.listdir(a) if "part" in name]
 
@@ -723,17 +727,18 @@ def test_learning_rate_schedule(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    """From step 7 on the loss of level 2 is infinite: the run stops, names step and level, and keeps the good checkpoint of step 5."""
-    loss, steps = DiffusionHead.loss, []
+    """At step 7 the loss of level 2 is infinite: the run stops, names step and level, and keeps the good checkpoint of step 5."""
+    loss, weights = DiffusionHead.loss, []
 
-    def broken(self, target, z, level, cond):
-        steps.extend([1] * self.training)
-        return loss(self, target, z, level, cond) * torch.where((level == 1) & (len(steps) >= 7), math.inf, 1.0)
+    def broken(self, target, z, level, cond):                                   # calls 1 to 10 are the steps, 11 is the look at the levels
+        weights.extend([self.output.weight.detach().clone()] * self.training)
+        return loss(self, target, z, level, cond) * torch.where((level == 1) & (len(weights) in (7, 11)), math.inf, 1.0)
     monkeypatch.setattr(DiffusionHead, "loss", broken)
     with pytest.raises(ValueError, match=r"not finite since step 7, levels \[2\].*ckpt.pt holds the last good state"):
         train_cifar.main([*SMALL, "--levels-per-image", "0", "--save-minutes", "1e-9", "--steps", "20", "--out", str(tmp_path)])
     state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert state["step"] == 5 and all(v.isfinite().all() for v in state["model"].values())
+    assert len(weights) == 11 and not torch.equal(weights[5], weights[6]) and torch.equal(weights[6], weights[10])  # kept for the look
 
 
 def test_ema_is_the_running_average(tmp_path):
@@ -741,7 +746,7 @@ def test_ema_is_the_running_average(tmp_path):
     weights, ema = [], None
     for k in range(1, 4):
         out = str(tmp_path / str(k))
-        train_cifar.main([*SMALL, "--steps", str(k), "--out", out])
+        train_cifar.main([*SMALL, "--steps", str(k), "--lr-schedule", "constant", "--out", out])
         state = torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)
         weights.append(state["model"]["head.output.weight"])
     start = torch.zeros_like(weights[0])                                        # this layer starts at zero
@@ -778,7 +783,7 @@ def test_sample_writes_pictures_npz_and_pngs(digits, tmp_path):
     ckpt = os.path.join(digits, "ckpt.pt")
     arrays = []
     for batch in ("7", "12"):
-        sample.main(["--ckpt", ckpt, "--labels", "1,4-5", "--n", "12", "--levels", "--batch", batch, "--npz", str(tmp_path / "s.npz"), "--png", str(tmp_path / "png"), "--out", str(tmp_path)])
+        sample.main(["--ckpt", ckpt, "--labels", "1,4-5", "--n", "12", "--batch", batch, "--npz", str(tmp_path / "s.npz"), "--png", str(tmp_path / "png"), "--out", str(tmp_path)])
         arrays.append(np.load(tmp_path / "s.npz"))
     x, y = arrays[1]["arr_0"], arrays[1]["arr_1"]
     assert x.shape == (12, 8, 8, 1) and x.dtype == np.uint8 and y.dtype == np.int64 and y.tolist() == [1] * 4 + [4] * 4 + [5] * 4
@@ -804,6 +809,63 @@ def test_score_by_brute_force():
     assert 0.1 < want["recall"] < 0.9 and want == pytest.approx(got, abs=1e-6)
     same = sample.score(torch.from_numpy(real), torch.from_numpy(truth), torch.from_numpy(real), torch.from_numpy(truth))
     assert same["precision"] == same["recall"] == 1 and same["fd"] == pytest.approx(0, abs=1e-6)
+
+
+def test_real_compares_and_export_keeps_guidance(digits, tmp_path, capsys):
+    ckpt, out = os.path.join(digits, "ckpt.pt"), ["--out", str(tmp_path / "out")]
+    sample.main(["--ckpt", ckpt, "--n", "60", "--no-levels", "--npz", str(tmp_path / "a.npz"), *out])
+    assert not (tmp_path / "out" / "levels.png").exists()
+    capsys.readouterr()
+    sample.main(["--ckpt", ckpt, "--n", "60", "--real", str(tmp_path / "a.npz"), *out])     # against itself
+    assert "fd 0.000 precision 1.000 recall 1.000" in capsys.readouterr().out.replace("-0.000", "0.000")
+    sample.main(["--ckpt", ckpt, "--n", "8", "--labels", "none", "--npz", str(tmp_path / "none.npz"), *out])
+    assert np.load(tmp_path / "none.npz").files == ["arr_0"]
+    half = str(tmp_path / "new" / "half.pt")
+    sample.main(["--ckpt", ckpt, "--export", half, "--guidance", "2.5", "--guidance-schedule", "constant"])
+    model, rest = sample.load_checkpoint(half)
+    whole, _ = sample.load_checkpoint(ckpt)
+    assert rest["sampling"] == dict(guidance=2.5, guidance_schedule="constant") and os.path.getsize(half) < 0.2 * os.path.getsize(ckpt)
+    assert all(v.dtype == torch.float32 and torch.equal(v, whole.state_dict()[k].half().float()) for k, v in model.state_dict().items())
+    images = {}
+    for name, flags in (("default", []), ("same", ["--guidance", "2.5", "--guidance-schedule", "constant"]), ("none", ["--guidance", "1"])):
+        sample.main(["--ckpt", half, "--n", "10", "--npz", str(tmp_path / "g.npz"), *flags, *out])
+        images[name] = np.load(tmp_path / "g.npz")["arr_0"]
+    assert np.array_equal(images["default"], images["same"]) and not np.array_equal(images["default"], images["none"])
+
+
+def test_bfloat16_sampling_is_close(digits):
+    model, _ = sample.load_checkpoint(os.path.join(digits, "ckpt.pt"))
+    a, b = (torch.cat([x for _, x in sample.draw_images(model, torch.arange(40) % 10, bf16=bf16, progress=False)]) for bf16 in (False, True))
+    assert not torch.equal(a, b) and a.dtype == b.dtype == torch.float32 and (a - b).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("flags, steps, minutes", [([], None, 2.0), (["--steps", "7"], 7, None), (["--max-minutes", "3"], None, 3.0), (["--steps", "7", "--max-minutes", "3"], 7, 3.0),
+                                                   (["--data", "cifar10"], 5000, None), (["--data", "cifar10", "--max-minutes", "3"], None, 3.0)])
+def test_length_of_a_run(flags, steps, minutes):
+    args = train_cifar.parse_args(flags)
+    assert (args.steps, args.max_minutes, args.lr_schedule) == (steps, minutes, "linear")
+
+
+def test_resumed_run_keeps_its_length(tmp_path, monkeypatch):
+    seen = []
+    train_cifar.main([*SMALL, "--steps", "6", "--out", str(tmp_path)])
+    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    torch.save({**state, "step": 4}, tmp_path / "ckpt.pt")                      # as if it had been stopped
+    monkeypatch.setattr(train_cifar, "train", lambda args, *_: seen.append((args.steps, args.max_minutes)))
+    for flags in ([], ["--steps", "9"], ["--max-minutes", "1"]):
+        train_cifar.main(["--out", str(tmp_path), "--resume", *flags])
+    assert seen == [(6, None), (9, None), (None, 1.0)]
+
+
+def test_residual_scale_is_that_of_the_whole_set(tmp_path, monkeypatch):
+    """Images sorted by class, the first half black: the deviation is not that of the first images."""
+    images, labels, info = train_cifar.load_digits()
+    images = torch.cat([torch.zeros_like(images), images, images])
+    monkeypatch.setattr(train_cifar, "load_digits", lambda *_: (images, labels.repeat(3), info))
+    train_cifar.main([*SMALL, "--steps", "1", "--target", "residual", "--out", str(tmp_path)])
+    x = images / 127.5 - 1
+    want = [(far.dct(x, b) - far.dct(x, a)).std().item() for a, b in ((0, 0.25), (0.25, 0.5), (0.5, 1))]
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]["residual_scale"].tolist() == pytest.approx(want, rel=0.03)
 
 
 def test_load_checkpoint_gives_ema_weights(digits):
@@ -1062,8 +1124,11 @@ def test_latents_restart_does_what_is_missing(vae, pictures, monkeypatch):
     with pytest.raises(ValueError, match="no whole latents.json"):              # the old one is not taken for the new one's
         train_cifar.load_latents("latents")
     monkeypatch.setattr(train_cifar, "read_image", lambda path, size: again.append(path) or read_image(path, size))
-    cache(vae, pictures)
+    moments, _, info = cache(vae, pictures)
     assert len(again) == 6
+    train_cifar.main(["--cache-latents", pictures, "--vae", vae, "--path", "latents", "--image-size", "32"])
+    again.clear()
+    assert torch.equal(cache(vae, pictures)[0], moments) and len(again) == 10   # back to 16 pixels: nothing stale is kept
 
 
 def test_training_on_latents_and_decoding(vae, pictures, capsys):
@@ -1167,7 +1232,7 @@ def launch(processes, script, *flags):
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
     """The step itself: noise and levels fixed, so that weights can be compared; also with accumulation in each process."""
     (tmp_path / "fixed.py").write_text(FIXED.format(root=ROOT))
-    flags = [*SMALL, "--device", "cpu", "--batch", "16", "--steps", "3", "--log-every", "1", "--label-dropout", "0"]
+    flags = [*SMALL, "--device", "cpu", "--batch", "16", "--steps", "3", "--log-every", "1", "--lr-schedule", "constant", "--label-dropout", "0"]
     launch(1, tmp_path / "fixed.py", *flags, "--out", str(tmp_path / "one"))
     launch(2, tmp_path / "fixed.py", *flags, "--out", str(tmp_path / "two"), "--grad-accum", "2")
     first, second = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True) for d in ("one", "two"))
@@ -1202,7 +1267,7 @@ train_cifar.dist.destroy_process_group()
 
 def test_kill_and_resume(tmp_path):
     """kill -9 in the middle of a run: the checkpoint is whole, and the resumed run logs what one that never stopped logs."""
-    flags = [sys.executable, os.path.join(ROOT, "train_cifar.py"), *SMALL, "--device", "cpu", "--log-every", "20", "--save-minutes", "1e-9", "--steps", "100"]
+    flags = [sys.executable, os.path.join(ROOT, "train_cifar.py"), *SMALL, "--device", "cpu", "--log-every", "20", "--save-minutes", "1e-9", "--lr-schedule", "constant", "--steps", "100"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*flags, "--out", str(tmp_path / "a")], check=True, capture_output=True, env=env)
     process = subprocess.Popen([*flags, "--steps", "100000", "--out", str(tmp_path / "b")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)

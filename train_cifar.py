@@ -31,7 +31,7 @@ DATA = {  # data set -> default preset and training settings
     "imagenet64": dict(preset="imagenet64", batch=256, lr=4e-4, ema=0.9999, max_minutes=2880.0),
     "latents": dict(preset="far_b", batch=2048, lr=8e-4, ema=0.9999, max_minutes=2880.0),
 }
-KEPT = ("data", "seed", "batch", "lr", "lr_schedule", "warmup", "weight_decay", "clip", "ema", "flip")  # a resumed run keeps them unless told otherwise
+KEPT = "data seed batch steps max_minutes lr lr_schedule warmup weight_decay clip ema flip bf16 grad_accum".split()  # by a resumed run, unless told otherwise
 
 # --- Data: load(path, config, skip_bad) -> images uint8 [n, C, H, H] (or the moments of latents), labels int64 [n], dict(classes=names, ..) 
 
@@ -146,7 +146,8 @@ def cache_latents(root, name, out, size, device, batch=32):
     moments, finished = os.path.join(out, "moments.npy"), os.path.join(out, f"finished-{key[:8]}.npy")
     if rank == 0 and not os.path.exists(finished):
         os.makedirs(out, exist_ok=True)
-        Path(out, "latents.json").unlink(missing_ok=True)
+        for old in (*Path(out).glob("latents.json"), *Path(out).glob("finished-*.npy")):
+            old.unlink()
         np.lib.format.open_memmap(moments, "w+", np.float16, shape)
         np.lib.format.open_memmap(finished, "w+", np.uint8, (len(files),))
     dist.barrier()
@@ -251,7 +252,7 @@ def train(args, config, images, labels, info):
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         state["step"] += 1
-        first_bad = torch.where(norm.isfinite(), first_bad, first_bad.clamp(max=state["step"]))
+        first_bad = torch.where((norm + total).isfinite(), first_bad, first_bad.clamp(max=state["step"]))
         optimizer.found_inf = first_bad.isfinite().float()                      # the fused step leaves the weights alone from there on
         optimizer.step()
         torch._foreach_lerp_(*averaged, 1 - min(args.ema, (1 + state["step"]) / (10 + state["step"])))
@@ -264,9 +265,9 @@ def train(args, config, images, labels, info):
             mean, count = total.cpu(), state["step"] - logged[0]
             dist.all_reduce(mean)
             mean, rate = mean.item() / world / count, count * args.batch / (state["seconds"] - logged[1])
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 good = bool(np.isfinite(mean) and first_bad == torch.inf)
-                by_level = (ema if good else model).level_losses(x[:256], None if y is None else y[:256]).tolist()
+                by_level = (ema if good else model).level_losses(x[:128], None if y is None else y[:128]).tolist()
             bad = [i + 1 for i, value in enumerate(by_level) if not np.isfinite(value)]
             kept = f"{ckpt} holds the last good state, for --resume" if os.path.exists(ckpt) else "nothing was saved yet"
             check(good and not bad, f"the loss or its gradient is not finite since step {min(first_bad.item(), state['step']):.0f}, levels {bad or 'unknown'}: lower --lr; {kept}")
@@ -308,8 +309,8 @@ def parse_args(argv=None):
     p.add_argument("--resume", action="store_true", help="continue the run in --out; the model's settings come from there")
     p.add_argument("--overwrite", action="store_true", help="start again although --out holds a run")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    p.add_argument("--lr-schedule", choices=("linear", "constant"), help="linear (default) falls to 0 at the end; constant: default with --steps alone")
-    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: yes, but for digits on a CPU)")
+    p.add_argument("--lr-schedule", choices=("linear", "constant"), default="linear", help="linear (default) falls to 0 at the end")
+    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA, and on a CPU that multiplies so twice as fast, but for digits)")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=chosen.data != "digits", help="mirror half of the images")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--checkpoint-activations", action="store_true", help="less memory, a third more arithmetic")
@@ -325,8 +326,6 @@ def parse_args(argv=None):
         options = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices={**CHOICES, "ordering": ORDERINGS}.get(f.name))
         group.add_argument(flag, help=f"default: {value}", **options)
     args = p.parse_args(argv)
-    args.bf16 = chosen.data != "digits" or args.device.startswith("cuda") if args.bf16 is None else args.bf16
-    args.lr_schedule = args.lr_schedule or ("constant" if args.steps and not args.max_minutes else "linear")
     if args.steps is None and args.max_minutes is None:
         args.steps, args.max_minutes = defaults.get("steps"), defaults.get("max_minutes")
     args.given = {f.name: getattr(args, f.name) for f in fields(FARConfig) if getattr(args, f.name) is not None}
@@ -337,34 +336,35 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     config, ckpt, world = args.config, os.path.join(args.out, "ckpt.pt"), int(os.environ.get("WORLD_SIZE", 1))
+    check(not (args.resume and args.overwrite), "--resume and --overwrite exclude each other")
+    if args.resume:
+        model, state = load_checkpoint(ckpt)
+        check({"optimizer", "settings"} <= set(state), f"{ckpt} holds weights alone and cannot be resumed")
+        config, flags = model.config, {flag.split("=")[0].replace("--no-", "--").replace("-", "_") for flag in argv}
+        for name, value in args.given.items():
+            check(getattr(config, name) == (tuple(value) if name == "levels" else value), f"--{name.replace('_', '-')} {value} contradicts the run in {args.out}, which has {getattr(config, name)}")
+        for name, value in state["settings"].items():
+            check(name not in ("data", "seed", "batch") or "__" + name not in flags or getattr(args, name) == value, f"the run in {args.out} has --{name} {value}")
+            if not flags & ({"__steps", "__max_minutes"} if name in ("steps", "max_minutes") else {"__" + name}):
+                setattr(args, name, value)
+        check((args.steps or float("inf")) > state["step"] and (args.max_minutes or float("inf")) * 60 > state["seconds"],
+              f"the run in {args.out} is finished, with {state['step']} steps in {state['seconds'] / 60:.1f} minutes: raise --steps or --max-minutes")
+        del model, state
     for name in "steps max_minutes batch grad_accum lr warmup log_every clip save_minutes".split():
         check(getattr(args, name) is None or getattr(args, name) > 0, f"--{name.replace('_', '-')} must be above 0")
     check(0 <= args.ema < 1, f"--ema is {args.ema}; it must lie in [0, 1)")
     check(args.seed >= 0 and args.weight_decay >= 0, "--seed and --weight-decay must be at least 0")
     check(config.cond_dim == 0, "--cond-dim is for models that are trained from Python with embeddings; the data here has classes")
     check(args.batch % (args.grad_accum * world) == 0, f"--batch {args.batch} is not divisible by --grad-accum {args.grad_accum} times {world} processes")
-    check(not (args.resume and args.overwrite), "--resume and --overwrite exclude each other")
+    check(args.resume or args.overwrite or args.cache_latents or not os.path.exists(ckpt), f"{ckpt} exists: add --resume to continue it, --overwrite to start again, or choose another --out")
     args.device = use_device(args.device)
+    if args.bf16 is None:
+        args.bf16 = args.device.type == "cuda" or args.data != "digits" and matmul_rate(args.device, torch.bfloat16) > 2 * matmul_rate(args.device, torch.float32)
     if not dist.is_initialized():                                               # a single process is a group of one
         dist.init_process_group(timeout=timedelta(hours=12), **({} if world > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)))
     if args.cache_latents:
         check(args.vae and args.path, "--cache-latents needs --vae, a name or folder, and --path, the folder to write")
         return cache_latents(args.cache_latents, args.vae, args.path, args.image_size or 256, args.device)
-    check(args.resume or args.overwrite or not os.path.exists(ckpt), f"{ckpt} exists: add --resume to continue it, --overwrite to start again, or choose another --out")
-    if args.resume:
-        model, state = load_checkpoint(ckpt)
-        check("optimizer" in state, f"{ckpt} holds weights alone and cannot be resumed")
-        config = model.config
-        for name, value in args.given.items():
-            check(getattr(config, name) == (tuple(value) if name == "levels" else value), f"--{name.replace('_', '-')} {value} contradicts the run in {args.out}, which has {getattr(config, name)}")
-        for name, value in state["settings"].items():
-            if name in ("data", "seed", "batch"):
-                check(getattr(args, name) == value, f"the run in {args.out} has --{name} {value}: give the same")
-            elif not any(flag.split("=")[0].replace("--no-", "--") == "--" + name.replace("_", "-") for flag in argv):
-                setattr(args, name, value)
-        check((args.steps or float("inf")) > state["step"] and (args.max_minutes or float("inf")) * 60 > state["seconds"],
-              f"the run in {args.out} is finished, with {state['step']} steps in {state['seconds'] / 60:.1f} minutes: raise --steps or --max-minutes")
-        del model, state
     for turn in range(2):                                                       # rank 0 first: it builds what the others map
         if turn == min(dist.get_rank(), 1):
             images, labels, info = globals()["load_" + args.data](args.path, config, args.skip_bad)
@@ -387,8 +387,9 @@ def main(argv=None):
         train(args, config, images, labels, info)
     finally:
         signal.signal(signal.SIGINT, handler)
+        torch.backends.cuda.enable_flash_sdp(True)
     if dist.get_rank() == 0:
-        sample.main(["--ckpt", ckpt, "--out", args.out, "--levels", "--seed", str(args.seed), "--device", str(args.device)])
+        sample.main(["--ckpt", ckpt, "--out", args.out, "--seed", str(args.seed), "--device", str(args.device)])
 
 if __name__ == "__main__":
     try:
