@@ -521,6 +521,18 @@ class FAR(nn.Module):
         for i in range(len(self.config.levels)):
             self.residual_scale[i] = (self.project(x, i + 1) - self.project(x, i)).std().clamp(min=1e-6)
 
+    def guided(self, z, level, cond, guidance):
+        """What the sampler of a level integrates: the function of noisy tokens x_t [B, N, D] and a time t that gives the head's prediction
+        [B, N, D], u + g (p - u) with guidance g. z [S, N, W], level [S], cond [S, 1 or K, W] hold the labelled half, S = B, and where
+        g is not 1 the unlabelled half after it, S = 2 B; both halves see the same x_t."""
+        projected = self.head.project(z, level, cond)
+
+        def network(x_t, t):
+            both = x_t.repeat(len(z) // len(x_t), 1, 1)
+            p, *u = self.head(both, torch.full((len(z), 1), float(t), device=z.device), projected).split(len(x_t))
+            return u[0] + guidance * (p - u[0]) if u else p
+        return network
+
     @torch.no_grad()
     def sample(self, labels, *, guidance=1.0, guidance_schedule="linear", head_steps=None, solver=None, temperature=None,
                step_rule="paper", coupling=0.0, generator=None, return_levels=False):
@@ -569,16 +581,11 @@ class FAR(nn.Module):
             for i in range(levels):
                 level = torch.full((copies * B,), i, device=device)
                 z = self.transformer(patchify(x, c.patch_size).repeat(copies, 1, 1)[:, None], level[:, None], cond, cache)[:, 0]
-                S = 2 * B if guide[i] != 1 else B                                   # no second half in the head where guidance is 1
-                projected = self.head.project(z[:S], level[:S], cond[:S])
-
-                def network(x_t, t):
-                    y = self.head(x_t.repeat(S // B, 1, 1), torch.full((S, 1), float(t), device=device), projected)
-                    return y if S == B else y[B:] + guide[i] * (y[:B] - y[B:])
-
                 noise, side = draw(c.num_tokens, c.token_dim), max(1, round(c.levels[i] * c.image_size))
                 if coupling[i] and side < c.image_size // c.patch_size:
                     noise = couple_noise(noise, draw(side ** 2, c.token_dim), side, coupling[i])
+                S = 2 * B if guide[i] != 1 else B                               # no second half in the head where guidance is 1
+                network = self.guided(z[:S], level[:S], cond[:S], guide[i])
                 tokens = self.head.path.sample(network, noise, steps[i], solver, temperature[i], lambda x: draw(*x.shape[1:]))
                 xhat = unpatchify(tokens, c.patch_size, c.channels)
                 if c.target == "residual":

@@ -1,7 +1,13 @@
-"""Laws and values of FAR, each against an independent formula, library or brute force. Run: pytest"""
+"""Laws and values of FAR, each against an independent formula, library or brute force. Run: pytest
+
+    python test_far.py --blank low_pass,kv_cache > far_student.py      # far.py with the exercises' bodies left out
+    FAR_MODULE=far_student pytest test_far.py -k exercise              # grades it
+"""
+import argparse
 import ast
 import contextlib
 import functools
+import importlib
 import json
 import math
 import os
@@ -10,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -26,6 +33,7 @@ import train_cifar
 from far import (FAR, FARConfig, ORDERINGS, PAPER_LEVELS, DiffusionHead, Path, block_causal_mask, check_ordering, couple_noise,
                  head_step_schedule, loss_weights, mask_bounds, masked_share, patchify, unpatchify)
 
+ROOT = os.path.dirname(os.path.abspath(__file__))
 SCHEDULES, PREDICTIONS, SOLVERS = ("linear", "cosine"), ("v", "eps"), ("ddpm", "ddim", "dpmpp_2m")
 
 
@@ -1206,7 +1214,6 @@ def test_gradient_accumulation_averages(tmp_path, monkeypatch):
     assert all(torch.allclose(first[k], second[k], atol=1e-5) for k in first)
 
 
-ROOT = os.path.dirname(os.path.abspath(far.__file__))
 FIXED = """
 import sys, torch
 sys.path.insert(0, {root!r})
@@ -1282,3 +1289,246 @@ def test_kill_and_resume(tmp_path):
     assert all(torch.equal(first["ema"][k], second["ema"][k]) for k in first["ema"])
     rows = [[line.split(",")[0:1] + line.split(",")[3:] for line in (tmp_path / d / "log.csv").read_text().splitlines()] for d in "ab"]
     assert rows[0] == rows[1] and len(rows[0]) == 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exercises: each is one or two functions of far.py. exercise_NAME(far) grades a module far; no exercise needs another one's functions.
+
+
+EXERCISES = {  # name -> (functions of far.py, points, hint)
+    "low_pass": (["fourier"], 1, "keep the coefficients with |f_x| <= keep H/2 and |f_y| <= keep H/2; torch.fft.fftfreq(H, 1/H) counts cycles per image; the bound itself is kept"),
+    "block_causal_mask": (["block_causal_mask"], 1, "True where the query's level is at least the key's; rows are queries; with markov only where they are equal"),
+    "schedules": (["Path.__call__"], 2, "linear: alpha = 1 - t, sigma = t; cosine: alpha^2 = f(t)/f(0); then what the network predicts, a x + b eps"),
+    "adaln_block": (["HeadBlock.forward"], 2, "normalise, scale by 1 + scale and shift, run the layer, add gate times the result; attention first, if there is mixing"),
+    "diffusion_loss": (["Path.noise", "DiffusionHead.loss"], 2, "x_t = alpha x + sigma eps, target a x + b eps; several draws a token; the mean over tokens and numbers, one value a sequence"),
+    "second_order_sampler": (["Path.sample"], 3, "from t = 0.999 to 0; extrapolate xhat in log(alpha/sigma) from the last two, but not in the first and the last step; temperature scales all noise"),
+    "guided_step": (["FAR.guided"], 3, "both halves see the same x_t; u + g (p - u) where p has the label; the condition is projected once, not once a step"),
+    "kv_cache": (["Attention.forward"], 2, "append the new keys and values to the cached ones, attend to all of them, and keep them for the next call"),
+}
+
+
+def exercise_low_pass(far):
+    for H in (5, 8):
+        n, frequencies = torch.arange(H, dtype=torch.float64), range(-(H // 2), (H - 1) // 2 + 1)
+        for keep in (0.25, 0.5, 0.8):
+            for fy in frequencies:
+                for fx in frequencies:
+                    wave = torch.cos(2 * math.pi * (fy * n[:, None] + fx * n) / H + 0.3)[None, None]
+                    kept = max(abs(fy), abs(fx)) <= keep * H / 2
+                    assert torch.allclose(far.fourier(wave, keep), wave * kept, atol=1e-6), f"frequency ({fy}, {fx}) of {H} pixels must be {'kept' if kept else 'removed'} at keep {keep}"
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(far.fourier(x, 1.0), x) and not far.fourier(x, 0.0).any(), "keep 1 gives the image, keep 0 nothing"
+
+
+def exercise_block_causal_mask(far):
+    for markov in (False, True):
+        mask = far.block_causal_mask(3, 2, markov)
+        for q in range(6):
+            for k in range(6):
+                assert bool(mask[q, k]) == (q // 2 == k // 2 if markov else q // 2 >= k // 2), f"query {q}, key {k}, markov {markov}"
+
+
+def exercise_schedules(far):
+    t = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
+    f = lambda s: np.cos((s + 0.008) / 1.008 * np.pi / 2) ** 2
+    for schedule, alpha in (("linear", 1 - t.numpy()), ("cosine", np.sqrt(f(t.numpy()) / f(0)))):
+        sigma = t.numpy() if schedule == "linear" else np.sqrt(1 - alpha ** 2)
+        for prediction in ("v", "eps"):
+            a, b = (0 * sigma, 1 + 0 * sigma) if prediction == "eps" else (-1 + 0 * sigma, 1 + 0 * sigma) if schedule == "linear" else (-sigma, alpha)
+            for name, got, want in zip(("alpha", "sigma", "a", "b"), far.Path(schedule, prediction)(t), (alpha, sigma, a, b), strict=True):
+                np.testing.assert_allclose(got, want, atol=1e-6, err_msg=f"{name} of {schedule}, {prediction}")
+
+
+def exercise_adaln_block(far):
+    torch.manual_seed(0)
+    for mixing in (False, True):
+        block, h, c = far.HeadBlock(8, 2, mixing), torch.randn(2, 3, 8), torch.randn(2, 1, 8)
+        if mixing:
+            block.attention.forward = lambda x: x.roll(1, 1) * 2                # a stand-in that mixes tokens
+        part = block.modulation(torch.nn.functional.silu(c)).split(8, -1)
+        norm, want = lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt(), h
+        if mixing:
+            want = want + part[5] * 2 * (norm(want) * (1 + part[4]) + part[3]).roll(1, 1)
+        want = want + part[2] * block.mlp(norm(want) * (1 + part[1]) + part[0])
+        assert torch.allclose(block(h, c), want, atol=1e-5), f"mixing {mixing}"
+
+
+def exercise_diffusion_loss(far):
+    path = type("Fixed", (far.Path,), {"__call__": lambda self, t: (1 - t, t, -2 * torch.ones_like(t), 3 * torch.ones_like(t))})("linear", "v")
+    x, eps, t = torch.randn(4, 5, 6), torch.randn(4, 5, 6), torch.rand(4, 5, 1)
+    x_t, want = path.noise(x, eps, t)
+    assert torch.allclose(x_t, (1 - t) * x + t * eps, atol=1e-6), "x_t = alpha x + sigma eps"
+    assert torch.allclose(want, -2 * x + 3 * eps, atol=1e-6), "the network predicts a x + b eps"
+    for mixing in (False, True):
+        head, seen = far.DiffusionHead(far.FARConfig.preset("digits", head_mixing=mixing, head_draws=3)), []
+        head.path, head.project = path, lambda z, level, cond: (z, z)
+        head.forward = lambda x_t, t, projected: seen.append((x_t, t, projected[0])) or torch.zeros_like(x_t)
+        x = torch.randn(2000, 4, 16) + torch.arange(2000)[:, None, None] / 1000
+        loss = head.loss(x, x[..., :1].expand(-1, -1, 128), torch.zeros(2000, dtype=torch.int64), torch.zeros(2000, 1, 128))
+        x_t, t, z = seen[0]
+        assert x_t.shape == (6000, 4, 16) and t.shape == (6000, 1 if mixing else 4), "head_draws draws, one t a token, or one a sequence with mixing"
+        assert torch.equal(z[..., 0], x[..., 0].repeat_interleave(3, 0)), "each draw keeps its own condition"
+        x = x.repeat_interleave(3, 0)
+        eps = (x_t - (1 - t[..., None]) * x) / t[..., None]
+        assert len(eps.flatten().unique()) > 300000 and eps.std().item() == pytest.approx(1, abs=0.02), "each draw has its own standard normal noise"
+        want = (-2 * x + 3 * eps).square().mean((1, 2)).view(2000, 3).mean(1)
+        assert loss.shape == want.shape and torch.allclose(loss, want, rtol=1e-2), "the mean over draws, tokens and numbers, one value a sequence"
+    model = types.SimpleNamespace(config=far.FARConfig.preset("digits", levels_per_image=0), losses=lambda *_: torch.tensor([[1.0, 2.0, 6.0]]).expand(5, -1))
+    assert far.FAR.forward(model, torch.zeros(5, 1, 8, 8)).item() == 3, "the loss is the mean over images and levels"
+
+
+def exercise_second_order_sampler(far):
+    """Against the exact flow of a Gaussian on the linear path, whose formulas stand here."""
+    path = type("Linear", (far.Path,), {"__call__": lambda self, t: (1 - t, t, -torch.ones_like(t), torch.ones_like(t))})("linear", "v")
+    calls = []
+
+    def network(x_t, t):
+        calls.append(float(t))
+        v = (1 - t) ** 2 * 0.09 + t ** 2
+        x = 0.5 + (1 - t) * 0.09 / v * (x_t - (1 - t) * 0.5)
+        return (x_t - (1 - t) * x) / t - x
+    noise = torch.linspace(-2, 2, 101, dtype=torch.float64)[:, None]
+    exact = 0.5 + 0.3 * (noise - 0.001 * 0.5) / (0.001 ** 2 * 0.09 + 0.999 ** 2) ** 0.5
+    error = {(solver, n): (path.sample(network, noise, n, solver) - exact).abs().mean().item() for solver in ("ddim", "dpmpp_2m") for n in (50, 150, 300)}
+    assert calls[0] == pytest.approx(0.999) and len(calls) == 2 * 500, "steps evaluations, the first at t = 0.999"
+    assert 1.7 < error["ddim", 150] / error["ddim", 300] < 2.3, "ddim: half the step, half the error"
+    assert error["dpmpp_2m", 150] / error["dpmpp_2m", 300] > 3.2 and error["dpmpp_2m", 50] < 0.5 * error["ddim", 50], "dpmpp_2m: half the step, a quarter of the error"
+    for solver in ("ddpm", "ddim", "dpmpp_2m"):
+        noise = torch.randn(20000, 1, dtype=torch.float64, generator=seeded())
+        spread = [path.sample(network, noise, 100, solver, T, lambda x: torch.randn(x.shape, dtype=x.dtype, generator=seeded())).std().item() for T in (1.0, 0.5, 0.0)]
+        assert spread[1] == pytest.approx(0.5 * spread[0], rel=0.03) and spread[2] < 1e-6, f"{solver}: temperature scales all noise"
+
+
+def exercise_guided_step(far):
+    z, level, cond, projections, seen = torch.arange(4.0)[:, None, None].expand(4, 3, 2), torch.zeros(4, dtype=torch.int64), torch.zeros(4, 1, 2), [], []
+    head = lambda x_t, t, z: seen.append((x_t, t)) or x_t + z[..., :1] ** 2 + t[..., None]
+    head.project = lambda *a: projections.append(1) or a[0]
+    model, x_t = types.SimpleNamespace(head=head), torch.randn(2, 3, 5)
+    network = far.FAR.guided(model, z, level, cond, 3.0)
+    for t in (0.25, torch.tensor(0.25)):
+        p, u = torch.tensor([0.0, 1.0])[:, None, None], torch.tensor([4.0, 9.0])[:, None, None]
+        assert torch.allclose(network(x_t, t), x_t + 0.25 + u + 3 * (p - u)), "u + g (p - u), p the first half"
+        assert torch.equal(seen[-1][0][:2], seen[-1][0][2:]) and seen[-1][1].shape == (4, 1), "both halves see the same x_t, at one t a sequence"
+    assert len(projections) == 1, "the condition is projected once a level"
+    assert torch.allclose(far.FAR.guided(model, z[:2], level[:2], cond[:2], 1.0)(x_t, 0.25), x_t + 0.25 + p) and len(seen[-1][0]) == 2, "no second half where g is 1"
+
+
+def exercise_kv_cache(far):
+    torch.manual_seed(0)
+    attention, x = far.Attention(8, 2), torch.randn(3, 6, 8)
+    mask = torch.arange(6)[:, None] // 2 >= torch.arange(6) // 2
+    q, k, v = (part.view(3, 6, 2, 4).transpose(1, 2) for part in attention.qkv(x).split(8, -1))
+    weights = (q @ k.transpose(-1, -2) / 2).masked_fill(~mask, -math.inf).softmax(-1)
+    want = attention.out((weights @ v).transpose(1, 2).reshape(3, 6, 8))
+    assert torch.allclose(attention(x, mask), want, atol=1e-5), "softmax(q k / sqrt(d)) v over the keys that the mask admits"
+    cache = {}
+    parts = torch.cat([attention(x[:, i:i + 2], cache=cache) for i in (0, 2, 4)], 1)
+    assert torch.allclose(parts, want, atol=1e-5), "block by block with a cache equals one pass with the mask"
+    assert cache["k"].shape == (3, 2, 6, 4), "the cache holds all keys"
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_exercise(name, capsys):
+    functions, points, hint = EXERCISES[name]
+    try:
+        globals()["exercise_" + name](importlib.import_module(os.environ.get("FAR_MODULE", "far")))
+        earned, failure = points, None
+    except Exception as error:                                                  # a student's code can raise anything
+        earned, failure = 0, f"{name} ({', '.join(functions)}): {type(error).__name__} {error}. Hint: {hint}"
+    if "FAR_MODULE" in os.environ:
+        with capsys.disabled():
+            print(f"\n{name:22} {earned} of {points} points")
+    if failure:
+        pytest.fail(failure, pytrace=False)
+
+
+def find_functions(source):
+    """Functions and methods of a module's source: qualified name -> node."""
+    tree = ast.parse(source).body
+    nodes = [(prefix, node) for outer in tree for prefix, body in (("", [outer]), (getattr(outer, "name", "") + ".", getattr(outer, "body", []) if isinstance(outer, ast.ClassDef) else [])) for node in body]
+    return {prefix + node.name: node for prefix, node in nodes if isinstance(node, ast.FunctionDef)}
+
+
+def blank(source, names):
+    """far.py's source with the bodies of the exercises' functions replaced by `raise NotImplementedError`; signatures and docstrings stay."""
+    functions, lines = find_functions(source), source.splitlines(True)
+    nodes = [functions[function] for name in names for function in EXERCISES[name][0]]
+    for node in sorted(nodes, key=lambda node: -node.lineno):
+        body = node.body[1:] if ast.get_docstring(node) else node.body
+        lines[body[0].lineno - 1:node.end_lineno] = [" " * node.body[0].col_offset + "raise NotImplementedError\n"]
+    return "".join(lines)
+
+
+def module_of(source, name="far_changed"):
+    module = types.ModuleType(name)
+    sys.modules[name] = module                                                  # dataclasses look it up
+    exec(compile(source, name, "exec"), module.__dict__)
+    return module
+
+
+def failing(module):
+    """Names of the exercises that a module far does not pass."""
+    bad = set()
+    for name in EXERCISES:
+        try:
+            globals()["exercise_" + name](module)
+        except Exception:
+            bad.add(name)
+    return bad
+
+
+FAR_SOURCE = open(os.path.join(ROOT, "far.py")).read()
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_blanking_fails_that_one_and_no_other(name):
+    changed = blank(FAR_SOURCE, [name])
+    assert failing(module_of(changed)) == {name} and changed.count("raise NotImplementedError") == len(EXERCISES[name][0])
+    for function in EXERCISES[name][0]:
+        node = find_functions(FAR_SOURCE)[function]
+        assert node.end_lineno - node.body[1].lineno < 25 and ast.get_docstring(node) == ast.get_docstring(find_functions(changed)[function])
+
+
+def test_blanking_all_from_the_command_line():
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "test_far.py"), "--blank", ",".join(EXERCISES)], capture_output=True, text=True, check=True)
+    assert failing(module_of(done.stdout)) == set(EXERCISES) and failing(module_of(FAR_SOURCE)) == set()
+    wrong = subprocess.run([sys.executable, os.path.join(ROOT, "test_far.py"), "--blank", "low_pas"], capture_output=True, text=True)
+    assert wrong.returncode != 0 and "low_pass" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize("exercise, right, wrong", [
+    ("block_causal_mask", "level[:, None] >= level", "level >= level[:, None]"),                                    # transposed
+    ("block_causal_mask", "level[:, None] >= level", "level[:, None] > level"),                                     # > for >=
+    ("low_pass", "(radius <= keep * H / 2 + 1e-6)", "(radius < keep * H / 2 - 1e-6)"),                              # cutoff off by one
+    ("low_pass", "(radius <= keep * H / 2 + 1e-6)", "(radius <= keep * H / 2 + 1)"),
+    ("guided_step", "x_t.repeat(len(z) // len(x_t), 1, 1)", "torch.randn(len(z), *x_t.shape[1:])"),                 # halves with noise of their own
+    ("guided_step", "u[0] + guidance * (p - u[0])", "p + guidance * (p - u[0])"),
+    ("diffusion_loss", "if c.loss_weighting else losses.mean()", "if c.loss_weighting else losses.sum()"),          # not averaged over levels
+    ("diffusion_loss", ".square().mean((1, 2))", ".square().sum((1, 2))"),
+    ("schedules", "alpha, sigma, a, b = 1 - t, t, ", "alpha, sigma, a, b = t, 1 - t, "),
+    ("adaln_block", "(1 + scale)", "scale"),
+    ("second_order_sampler", "(xhat - last)", "(last - xhat)"),
+    ("second_order_sampler", "temperature * deviation", "deviation"),
+    ("kv_cache", "torch.cat([cache[name], new], 2)", "torch.cat([new, new], 2)"),
+    ("kv_cache", "cache.update(k=k, v=v)", "pass")])
+def test_students_mistakes_are_noticed(exercise, right, wrong):
+    assert right in FAR_SOURCE
+    assert failing(module_of(FAR_SOURCE.replace(right, wrong))) == {exercise}
+
+
+def test_a_checkpoint_read_without_its_average_is_noticed(digits, monkeypatch):
+    """The mistake `EMA not used`, made in sample.py: test_load_checkpoint_gives_ema_weights fails."""
+    source = open(os.path.join(ROOT, "sample.py")).read()
+    assert 'rest.pop("ema")' in source
+    monkeypatch.setattr(sample, "load_checkpoint", module_of(source.replace('rest.pop("ema")', 'rest.pop("model")'), "sample_changed").load_checkpoint)
+    with pytest.raises(AssertionError):
+        test_load_checkpoint_gives_ema_weights(digits)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blank", required=True, help=f"comma-separated exercises of {', '.join(EXERCISES)}")
+    wanted = parser.parse_args().blank.split(",")
+    if not set(wanted) <= set(EXERCISES):
+        sys.exit(f"test_far.py: {', '.join(set(wanted) - set(EXERCISES))}: no such exercise; there are {', '.join(EXERCISES)}")
+    print(blank(FAR_SOURCE, wanted), end="")
