@@ -1291,6 +1291,41 @@ def test_kill_and_resume(tmp_path):
     assert rows[0] == rows[1] and len(rows[0]) == 6
 
 
+def test_shipped_cifar_weights():
+    """The preset's model, under 25 MB; colours as published for CIFAR-10 (mean and deviation by channel), neighbours alike, and
+    labels that steer: airplanes and ships are bluer than deer and frogs."""
+    path = os.path.join(ROOT, "assets", "far_cifar10.pt")
+    model, rest = sample.load_checkpoint(path)
+    assert os.path.getsize(path) < 25e6 and model.config == FARConfig.preset("cifar") and rest["sampling"]["guidance"] >= 1
+    labels = torch.tensor([0, 8, 4, 6]).repeat_interleave(16)
+    x = torch.cat([x for _, x in sample.draw_images(model, labels, head_steps=6, progress=False, **rest["sampling"])])
+    pixels = x.clamp(-1, 1) / 2 + 0.5
+    assert torch.allclose(pixels.mean((0, 2, 3)), torch.tensor([0.491, 0.482, 0.447]), atol=0.12)
+    assert torch.allclose(pixels.std((0, 2, 3)), torch.tensor([0.247, 0.244, 0.262]), atol=0.07)
+    assert np.corrcoef(x[..., :-1].flatten(), x[..., 1:].flatten())[0, 1] > 0.85
+    blue = (x[:, 2] - x[:, :2].mean(1)).mean((1, 2))
+    assert blue[:32].mean() > blue[32:].mean() + 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Notebook
+
+
+def test_notebook_runs_shortened_and_stands_executed(tmp_path, monkeypatch):
+    """In a folder of its own, with FAR_FAST=1: no cell fails. As committed: executed once, top to bottom, with its pictures."""
+    import nbclient
+    import nbformat
+    notebook = nbformat.read(os.path.join(ROOT, "tutorial.ipynb"), 4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) >= 8
+    assert not any(ROOT in str(output) or output.output_type == "error" for cell in cells for output in cell.outputs)
+    monkeypatch.setenv("PYTHONPATH", ROOT), monkeypatch.setenv("FAR_FAST", "1")
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    text = "".join(output.get("text", "") for cell in cells for output in cell.outputs)
+    assert "laws of high_to_low: all hold" in text and os.listdir(tmp_path) == ["out"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Exercises: each is one or two functions of far.py. exercise_NAME(far) grades a module far; no exercise needs another one's functions.
 
