@@ -152,10 +152,10 @@ def cache_latents(root, name, out, size, device, batch=32):
         np.lib.format.open_memmap(finished, "w+", np.uint8, (len(files),))
     dist.barrier()
     array, done = np.load(moments, mmap_mode="r+"), np.load(finished, mmap_mode="r+")
-    todo = np.flatnonzero(done[rank::world] == 0) * world + rank
+    missing = np.flatnonzero(done[rank::world] == 0) * world + rank
     with ThreadPoolExecutor() as pool:
-        for start in tqdm(range(0, len(todo), batch), desc="encode", unit="batch", disable=rank > 0):
-            part = todo[start:start + batch]
+        for start in tqdm(range(0, len(missing), batch), desc="encode", unit="batch", disable=rank > 0):
+            part = missing[start:start + batch]
             images = list(pool.map(lambda i: read_image(files[i], size), part))
             bad = [files[i] for i, image in zip(part, images) if image is None]
             check(not bad, f"{bad[:1]} cannot be read: repair or remove it and start again")
