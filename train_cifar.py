@@ -33,7 +33,7 @@ DATA = {  # data set -> default preset and training settings
 }
 KEPT = "data seed batch steps max_minutes lr lr_schedule warmup weight_decay clip ema flip bf16 grad_accum".split()  # by a resumed run, unless told otherwise
 
-# --- Data: load(path, config, skip_bad) -> images uint8 [n, C, H, H] (or the moments of latents), labels int64 [n], dict(classes=names, ..) 
+# --- Data: load(path, config, skip_bad) -> images uint8 [n, C, H, H] (or the moments of latents), labels int64 [n], dict(classes=names, ..)
 
 def load_digits(*_):
     """1,797 real 8 x 8 digits of the UCI optical recognition set, values 0..16 stored as 0..255."""
@@ -208,13 +208,13 @@ def train(args, config, images, labels, info):
     model = FAR(config).to(device)
     model.set_residual_scale(make_batch(images, torch.linspace(0, len(images) - 1, min(2000, len(images))).long(), device, False, info.get("scale")))
     ema, optimizer = copy.deepcopy(model).eval().requires_grad_(False), make_optimizer(model, args.lr, args.weight_decay)
-    state = dict(step=0, seconds=0.0, log=[], settings={name: getattr(args, name) for name in KEPT}, latents={name: info[name] for name in ("vae", "scale") if name in info})
+    state = dict(step=0, seconds=0.0, log=[], latents={name: info[name] for name in ("vae", "scale") if name in info})
     if args.resume:
         ema, state = load_checkpoint(ckpt, device)
         model.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
-        optimizer.param_groups[0]["weight_decay"], state["settings"] = args.weight_decay, {name: getattr(args, name) for name in KEPT}
-        del state["config"]
+        optimizer.param_groups[0]["weight_decay"] = args.weight_decay
+    state["settings"] = {name: getattr(args, name) for name in KEPT}
     averaged = list(ema.parameters()), [p.detach() for p in model.parameters()]
     if args.checkpoint_activations:
         for block in (*model.transformer.blocks, *model.head.blocks):
@@ -358,13 +358,13 @@ def main(argv=None):
     check(args.batch % (args.grad_accum * world) == 0, f"--batch {args.batch} is not divisible by --grad-accum {args.grad_accum} times {world} processes")
     check(args.resume or args.overwrite or args.cache_latents or not os.path.exists(ckpt), f"{ckpt} exists: add --resume to continue it, --overwrite to start again, or choose another --out")
     args.device = use_device(args.device)
-    if args.bf16 is None:
-        args.bf16 = args.device.type == "cuda" or args.data != "digits" and matmul_rate(args.device, torch.bfloat16) > 2 * matmul_rate(args.device, torch.float32)
     if not dist.is_initialized():                                               # a single process is a group of one
         dist.init_process_group(timeout=timedelta(hours=12), **({} if world > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)))
     if args.cache_latents:
         check(args.vae and args.path, "--cache-latents needs --vae, a name or folder, and --path, the folder to write")
         return cache_latents(args.cache_latents, args.vae, args.path, args.image_size or 256, args.device)
+    if args.bf16 is None:
+        args.bf16 = args.device.type == "cuda" or args.data != "digits" and matmul_rate(args.device, torch.bfloat16) > 2 * matmul_rate(args.device, torch.float32)
     for turn in range(2):                                                       # rank 0 first: it builds what the others map
         if turn == min(dist.get_rank(), 1):
             images, labels, info = globals()["load_" + args.data](args.path, config, args.skip_bad)
