@@ -1,55 +1,88 @@
 """FAR: frequency autoregressive image generation with continuous tokens (Yu et al., arXiv 2503.05305), in one file.
 
-An image is generated from low to high frequencies. Level i shows x_i, the image low-passed to a share keep_i of its
-bandwidth; x_0 = 0 and x_F is the image. A transformer reads x_0 .. x_i and says z_i, one vector a token (`Transformer`);
-a small diffusion network draws the image's tokens given z_i (`DiffusionHead`); a spectral filter turns the draw into x_{i+1}
-(`ORDERINGS`). `FAR.forward` is the training loss, `FAR.sample` the generation loop. The file reads top to bottom in that
-order. Two shortcuts measured better and are the default: the transformer sees x_i alone (`attention="markov"`), the head draws a
-level's tokens jointly (`head_mixing`).
+An image is generated from low to high frequencies. Level i shows x_i, the image low-passed to a share keep_i of its bandwidth (`ORDERINGS`);
+x_0 = 0 and x_F is the image. A transformer reads x_0 .. x_i and says z_i, one vector a token (`Transformer`); a small diffusion network
+draws the image's tokens given z_i (`DiffusionHead`); low-passed, the draw is x_{i+1}. `FAR.forward` is the training loss, `FAR.sample` the
+generation loop. Two shortcuts measured better and are the default: the transformer sees x_i alone (`attention="markov"`), and the head
+draws a level's tokens jointly (`head_mixing`). The file reads top to bottom in the paper's order.
 
 Letters as in the paper: B batch, C channels, H side, p patch side, N = (H/p)^2 tokens of D = C p^2 numbers, F levels, W width.
 """
+import functools
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.nn as nn
 
 # --- Orderings: x_i = P_i x, a chain of nested projections from nothing to the whole image ----------------------------
 
+def exact_ends(ordering):
+    """Makes keep 0 give zeros and keep 1 the image itself."""
+    @functools.wraps(ordering)
+    def with_ends(x, keep, **options):
+        return ordering(x, keep, **options) if 0 < keep < 1 else x * (keep >= 1)
+    return with_ends
+
+@exact_ends
 def fourier(x, keep, disc=False):
     """Ideal low-pass filter of the paper: keeps frequencies |f_x|, |f_y| <= keep H/2 (whole cycles per image).
-
     x [B, C, H, H] -> [B, C, H, H]; keep in [0, 1], 0 gives zeros and 1 gives x. With `disc` the region is |f| <= keep H/2."""
-    if keep <= 0 or keep >= 1:
-        return x * (keep >= 1)
     H = x.shape[-1]
     f = torch.fft.fftfreq(H, 1 / H, device=x.device).abs()                      # 0, 1, .., H/2, .., 1 cycles per image
     radius = torch.hypot(f[:, None], f) if disc else torch.maximum(f[:, None], f)
     return torch.fft.ifft2(torch.fft.fft2(x) * (radius <= keep * H / 2 + 1e-6)).real
 
-def dct(x, keep):
-    """Low-pass in the orthonormal 2-D DCT-II: keeps the coefficients with both indices < keep H. That is the Fourier low-pass of the
-    image beside its mirror images, so nothing wraps around at the borders.
-
-    x [B, C, H, H] -> [B, C, H, H]; keep in [0, 1], 0 gives zeros and 1 gives x."""
-    if keep <= 0 or keep >= 1:
-        return x * (keep >= 1)
+def mirrored(x, gain):
+    """Multiplies the frequencies of the image beside its mirror images, so that nothing wraps around at the borders: by gain(f) along
+    either axis, f = 0, 1/2, 1, .. cycles per image, those of the DCT-II. x [B, C, H, H] -> [B, C, H, H]."""
     H = x.shape[-1]
     x = torch.cat([x, x.flip(3)], 3)
-    low = torch.fft.fftfreq(2 * H, 1 / (2 * H), device=x.device).abs() < keep * H - 1e-6    # the k-th cosine has k/2 cycles per image
-    return torch.fft.ifft2(torch.fft.fft2(torch.cat([x, x.flip(2)], 2)) * (low[:, None] & low)).real[..., :H, :H]
+    factor = gain(torch.fft.fftfreq(2 * H, 1 / H, device=x.device).abs())       # [2H]
+    return torch.fft.ifft2(torch.fft.fft2(torch.cat([x, x.flip(2)], 2)) * (factor[:, None] * factor)).real[..., :H, :H]
 
+@exact_ends
+def dct(x, keep):
+    """Low-pass in the orthonormal 2-D DCT-II: keeps the coefficients with both indices < keep H. Shapes and range as in `fourier`."""
+    return mirrored(x, lambda f: f < keep * x.shape[-1] / 2 - 1e-6)
+
+@exact_ends
+def blur(x, keep):
+    """Gaussian low-pass, amplitude 1/2 at keep H/2 cycles per image. Soft, so not idempotent: a known x_i cannot be told from x_i blurred
+    again. Target full and the paper's step rule filter each x once and never need it; next filters the drawn x_{i+1} a second time."""
+    return mirrored(x, lambda f: torch.exp(-math.log(2) * (2 * f / (keep * x.shape[-1])) ** 2))
+
+@exact_ends
 def resize(x, keep):
     """Area down-sampling to k x k, k = max(1, round(keep H)), and bicubic up-sampling: what the published code runs.
-
-    x [B, C, H, H] -> [B, C, H, H]; keep in [0, 1], 0 gives zeros and 1 gives x. Nearly, but not exactly, a projection."""
-    if keep <= 0 or keep >= 1:
-        return x * (keep >= 1)
+    Shapes and range as in `fourier`. Nearly, but not exactly, a projection."""
     k = max(1, round(keep * x.shape[-1]))
     return nn.functional.interpolate(nn.functional.interpolate(x, size=(k, k), mode="area"), size=x.shape[-2:], mode="bicubic")
 
-ORDERINGS = {"fourier": fourier, "dct": dct, "resize": resize}  # name -> ordering(x [B, C, H, H], keep) -> [B, C, H, H]
+@exact_ends
+def haar(x, keep):
+    """Haar wavelet subbands, coarse first: means of s x s pixels, s the least power of 2 with 1/s <= keep, and a third of the way to the
+    next s each the details across, down and diagonal. Shapes and range as in `fourier`; ValueError if s does not divide H."""
+    s = 2 ** math.ceil(-math.log2(keep) - 1e-6)
+    check(x.shape[-1] % s == 0, f"haar: side {x.shape[-1]} is not divisible by {s}, the block side at keep {keep:g}")
+    third = int(3 * (keep * s - 1) + 1e-6)                                      # subbands beyond the means: 0, 1 or 2
+    mean = lambda h, w: nn.functional.avg_pool2d(x, (h, w)).repeat_interleave(h, 2).repeat_interleave(w, 3)
+    across, both = mean(s, s // 2) if third else 0, mean(s // 2, s) - mean(s, s) if third == 2 else 0
+    return across + both if third else mean(s, s)
+
+@exact_ends
+def raster(x, keep):
+    """The first ceil(keep H) rows of pixels: the classic reading order. Shapes and range as in `fourier`."""
+    return x * (torch.arange(x.shape[-1], device=x.device) < keep * x.shape[-1] - 1e-6)[:, None]
+
+@exact_ends
+def shuffle(x, keep):
+    """The first share keep of an 8 x 8 grid of cells in one fixed random order, as MAR. Shapes and range as in `fourier`."""
+    rank = torch.randperm(64, generator=torch.Generator().manual_seed(0)).view(8, 8).to(x.device)
+    cell = torch.arange(x.shape[-1], device=x.device) * 8 // x.shape[-1]        # of a row or column
+    return x * (rank[cell[:, None], cell] < keep * 64 - 1e-6)
+
+ORDERINGS = {f.__name__: f for f in (fourier, dct, resize, haar, blur, raster, shuffle)}  # ordering(x [B, C, H, H], keep) -> [B, C, H, H]
 
 def check_ordering(fn, size, channels=3):
     """Says in words which laws of an ordering `fn(x, keep)` breaks on size x size images, and by how much (largest error
@@ -61,11 +94,9 @@ def check_ordering(fn, size, channels=3):
     checks = [("zero at 0", "keep 0", fn(x, 0.0), 0 * x), ("identity at 1", "keep 1", fn(x, 1.0), x)]
     for n, a in enumerate(keeps):
         P = fn(x, a)
-        checks.append(("linear", f"keep {a:g}", fn(2 * x - 3 * y, a), 2 * P - 3 * fn(y, a)))
-        checks.append(("idempotent", f"keep {a:g}", fn(P, a), P))
+        checks += [("linear", f"keep {a:g}", fn(2 * x - 3 * y, a), 2 * P - 3 * fn(y, a)), ("idempotent", f"keep {a:g}", fn(P, a), P)]
         for b in keeps[n + 1:]:
-            checks.append(("nested", f"keep {a:g} after {b:g}", fn(fn(x, b), a), P))
-            checks.append(("nested", f"keep {b:g} after {a:g}", fn(P, b), P))
+            checks += [("nested", f"keep {a:g} after {b:g}", fn(fn(x, b), a), P), ("nested", f"keep {b:g} after {a:g}", fn(P, b), P)]
     worst = {}  # law -> (largest error, where)
     for law, where, got, want in checks:
         worst[law] = max(worst.get(law, (0.0, "")), ((got - want).abs().nan_to_num(math.inf).max().item(), where))
@@ -76,9 +107,8 @@ def check_ordering(fn, size, channels=3):
 PAPER_LEVELS = tuple(side / 16 for side in (2, 3, 4, 5, 6, 7, 8, 9, 10, 16))  # 10 steps on the paper's 16 x 16 token grid
 PAPER = dict(levels=PAPER_LEVELS, attention="causal", head_mixing=False, head_draws=4, target="full", prediction="eps", schedule="cosine",
              solver="ddpm", head_steps="paper", temperature="paper", mask="text", loss_weighting=True)
-LATENTS = dict(image_size=16, channels=16, patch_size=1, num_classes=1000, levels=PAPER_LEVELS, cond_tokens=64, attention="causal",
-               ordering="resize",                                               # a Fourier square of 16 x 16 tells 6 of the 10 levels apart
-               head_mixing=False, head_draws=4, dropout=0.1)
+LATENTS = dict(image_size=16, channels=16, patch_size=1, num_classes=1000, levels=PAPER_LEVELS, cond_tokens=64, attention="causal", head_mixing=False,
+               head_draws=4, dropout=0.1, ordering="resize")                    # a Fourier square of 16 x 16 tells 6 of the 10 levels apart
 PRESETS = {
     "digits": dict(image_size=8, channels=1, levels=(0.25, 0.5, 1.0), ordering="dct", width=128, depth=1, heads=4, head_width=128, head_depth=4,
                    levels_per_image=1, head_steps=32, temperature=1.05),
@@ -90,11 +120,16 @@ PRESETS = {
     "far_h": dict(LATENTS, width=1280, depth=40, heads=16, head_width=1024, head_depth=6),
 }
 CHOICES = dict(attention=("causal", "markov"), prediction=("v", "eps"), schedule=("linear", "cosine"), target=("full", "next", "residual"),
-               mask=("none", "text", "reference"), solver=("ddpm", "ddim", "dpmpp_2m"))
+               mask=("none", "text", "reference"), solver=("ddpm", "ddim", "dpmpp_2m"), guidance_schedule=("linear", "constant"),
+               step_rule=("paper", "locked"))
+SAMPLING = ("guidance", "guidance_schedule", "solver", "head_steps", "temperature", "step_rule", "coupling")  # what FAR.sample may override
 
 def check(ok, message):
     if not ok:
         raise ValueError(message)
+
+def describe(x):
+    return f"{x.dtype} of shape {list(x.shape)}" if torch.is_tensor(x) else f"of type {type(x).__name__}"
 
 @dataclass
 class FARConfig:
@@ -123,41 +158,44 @@ class FARConfig:
     mask: str = "none"                  # input masks, see mask_bounds
     loss_weighting: bool = False        # w_i of loss_weights
     label_dropout: float = 0.1          # share of labels dropped, for guidance
-    solver: str = "dpmpp_2m"            # defaults of FAR.sample
+    guidance: float = 1.0               # the sampler's settings from here on, see FAR.sample
+    guidance_schedule: str = "linear"
+    solver: str = "dpmpp_2m"
     head_steps: object = 12             # int, one int a level, or "paper" (40 to 100)
     temperature: object = 1.0           # float, one a level, or "paper" (0.8 to 1)
+    step_rule: str = "paper"
+    coupling: object = 0.0              # float, or one a level
 
     def __post_init__(self):
-        check(isinstance(self.levels, (tuple, list)) and all(isinstance(keep, (int, float)) for keep in self.levels),
-              f"levels are {self.levels!r}; they must be a list of numbers that ends with 1")
+        numbers = isinstance(self.levels, (tuple, list)) and all(isinstance(keep, (int, float)) for keep in self.levels)
+        check(numbers and len(self.levels) and all(a < b for a, b in zip((0, *self.levels), self.levels)) and self.levels[-1] == 1,
+              f"levels are {self.levels!r}; they must be numbers that increase from above 0 to exactly 1")
         self.levels = tuple(map(float, self.levels))
         for name, allowed in {**CHOICES, "ordering": ORDERINGS}.items():
             check(getattr(self, name) in tuple(allowed), f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         for f in fields(self):
             value, least = getattr(self, f.name), 0 if f.name in ("num_classes", "cond_tokens", "cond_dim", "levels_per_image") else 1
             check(f.type is not int or isinstance(value, int) and value >= least, f"{f.name} is {value!r}; it must be a whole number of at least {least}")
-            check(f.type is not float or isinstance(value, (int, float)) and 0 <= value <= 1, f"{f.name} is {value!r}; it must lie in [0, 1]")
+            check(f.type is not float or f.name == "guidance" or isinstance(value, (int, float)) and 0 <= value <= 1, f"{f.name} is {value!r}; it must lie in [0, 1]")
             check(f.type is not bool or isinstance(value, bool), f"{f.name} is {value!r}; it must be True or False")
         check(self.image_size % self.patch_size == 0, f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
         check(self.width % self.heads == 0 and self.width % 4 == 0, f"width {self.width} is not divisible by heads {self.heads} and by 4")
         check(self.head_width % self.heads == 0 or not self.head_mixing, f"head_width {self.head_width} is not divisible by heads {self.heads}")
-        check(len(self.levels) > 0 and all(a < b for a, b in zip((0, *self.levels), self.levels)) and self.levels[-1] == 1,
-              f"levels are {self.levels}; they must increase from above 0 to exactly 1")
         check(self.levels_per_image <= len(self.levels), f"levels_per_image is {self.levels_per_image}, more than the {len(self.levels)} levels")
         check(self.cond_dim == 0 or self.cond_tokens > 0, "cond_dim needs cond_tokens, the number of embeddings a sample")
-        for name in ("head_steps", "temperature"):
-            per_level(getattr(self, name), len(self.levels), name)
+        check(isinstance(self.guidance, (int, float)) and 0 <= self.guidance < math.inf, f"guidance is {self.guidance!r}; it must be a number of at least 0")
+        for name in ("head_steps", "temperature", "coupling"):
+            values = per_level(getattr(self, name), len(self.levels), name)
+        check(max(values) <= 1, f"coupling is {self.coupling}; it must lie in [0, 1]")
         self.num_tokens, self.token_dim = (self.image_size // self.patch_size) ** 2, self.channels * self.patch_size ** 2  # N, D
 
     @classmethod
     def preset(cls, name, paper=False, **overrides):
-        """A named configuration: digits, cifar, imagenet64, far_b, far_l, far_h. `paper` takes the paper's choices (PAPER), overrides win.
-        The ordering stays the preset's."""
+        """A configuration of PRESETS; `paper` takes the paper's choices (PAPER) for all but the ordering, overrides win."""
         check(name in PRESETS, f"preset is {name!r}; allowed: {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **(PAPER if paper else {}), **overrides})
 
-    def to_dict(self):
-        return asdict(self)
+    to_dict = asdict
 
     @classmethod
     def from_dict(cls, d):
@@ -209,9 +247,7 @@ def per_level(value, F, name):
     Whole numbers of at least 1 for head_steps, finite numbers of at least 0 otherwise; ValueError for anything else."""
     kind, least = (int, 1) if name == "head_steps" else ((int, float), 0)
     paper = {"head_steps": head_step_schedule(F), "temperature": [1 - 0.2 * (F - i) / max(F - 1, 1) for i in range(1, F + 1)]}.get(name)
-    if isinstance(value, str) and value == "paper" and paper:
-        return paper
-    values = value.tolist() if hasattr(value, "tolist") else value
+    values = value.tolist() if hasattr(value, "tolist") else paper if isinstance(value, str) and value == "paper" else value
     values = list(values) if isinstance(values, (list, tuple)) else [values] * F
     check(len(values) == F and all(isinstance(v, kind) and not isinstance(v, bool) and least <= v < math.inf for v in values),
           f"{name} is {value!r}; it must be a {'whole ' * (kind is int)}number of at least {least}, or one for each of {F} levels{', or paper' * bool(paper)}")
@@ -227,7 +263,6 @@ def sincos_2d(G, W):
 
 class Attention(nn.Module):
     """Multi-head self-attention, [S, T, W] -> [S, T, W]; `mask` [T, T] as in block_causal_mask, `cache` holds earlier keys and values."""
-
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
@@ -247,7 +282,6 @@ def mlp(width):
 
 class Block(nn.Module):
     """Pre-norm transformer block, [S, T, W] -> [S, T, W]."""
-
     def __init__(self, width, heads, dropout):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads, dropout)
@@ -259,15 +293,11 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """Visible tokens of the levels -> conditions z (paper, causal attention over frequency levels).
-
     The sequence is [condition block of K tokens, level block, level block, ..]; every token also gets the mean condition."""
-
     def __init__(self, c):
         super().__init__()
-        self.c = c
-        self.input = nn.Linear(c.token_dim, c.width)
+        self.c, self.input, self.level, self.norm = c, nn.Linear(c.token_dim, c.width), nn.Embedding(len(c.levels), c.width), nn.LayerNorm(c.width)
         self.position = nn.Parameter(sincos_2d(math.isqrt(c.num_tokens), c.width))  # learned from there
-        self.level = nn.Embedding(len(c.levels), c.width)
         self.label = nn.Linear(c.cond_dim, c.width) if c.cond_dim else nn.Embedding(c.num_classes, c.width) if c.num_classes else None
         self.no_label = nn.Parameter(0.02 * torch.randn(c.cond_tokens if c.cond_dim else 1, c.width))
         self.cond_position = nn.Parameter(0.02 * torch.randn(c.cond_tokens, c.width)) if c.cond_tokens else None
@@ -279,12 +309,6 @@ class Transformer(nn.Module):
             mask[:c.cond_tokens, c.cond_tokens:] = False                        # all see the condition block, which sees itself
             self.register_buffer("attention_mask", mask, persistent=False)
         self.blocks = nn.ModuleList(Block(c.width, c.heads, c.dropout) for _ in range(c.depth))
-        self.norm = nn.LayerNorm(c.width)
-
-    def condition(self, labels, dropped):
-        """labels int64 [B] or float [B, K, cond_dim], dropped bool [B] -> embeddings [B, 1 or K, W] of the label or of "no label"."""
-        label = self.label(labels.float()) if self.c.cond_dim else self.label(labels)[:, None]
-        return torch.where(dropped[:, None, None], self.no_label, label)
 
     def embed(self, tokens, level, cond):
         """tokens [B, k, N, D], level int64 [B, k], cond [B, K or 1, W] -> [B, k, N, W]."""
@@ -296,8 +320,7 @@ class Transformer(nn.Module):
         return x + self.position + self.level(level)[:, :, None] + cond.mean(1)[:, None, None]
 
     def forward(self, tokens, level, cond, cache=None):
-        """tokens [B, k, N, D] of levels int64 [B, k], cond from `condition` -> z [B, k, N, W].
-
+        """tokens [B, k, N, D] of levels int64 [B, k], cond [B, 1 or K, W] (FAR.condition) -> z [B, k, N, W].
         Training: all levels in one pass (causal: k = F, in order). Sampling: one level a call (k = 1); causal attention then wants
         `cache`, a list of one dict a block, empty before level 0, which gathers the keys and values of the earlier levels."""
         x, K = self.embed(tokens, level, cond), self.c.cond_tokens
@@ -320,7 +343,6 @@ class Path:
     """Noise schedule and prediction type. linear: alpha = 1 - t, sigma = t (flow matching); cosine: Nichol & Dhariwal 2021, the limit of
     many steps: alpha^2 = f(t)/f(0), f(t) = cos^2(pi/2 (t + 0.008)/1.008). The network predicts a x + b eps: for prediction "eps" the noise
     (a = 0, b = 1), for "v" the velocity, the derivative of x_t by t (linear: a = -1, b = 1) or by the angle (cosine: a = -sigma, b = alpha)."""
-
     def __init__(self, schedule, prediction):
         self.schedule, self.prediction = schedule, prediction
 
@@ -358,7 +380,6 @@ class Path:
 
     def sample(self, network, noise, steps, solver="dpmpp_2m", temperature=1.0, draw=torch.randn_like):
         """Integrates from noise (t = 0.999) to data (t = 0) in `steps` >= 1 evaluations of network(x_t, t) -> prediction.
-
         ddpm and ddim: see `step`; dpmpp_2m: the ddim step with xhat extrapolated from the last two (Lu et al. 2022), second order.
         noise: standard normal, any shape; draw(x): more of it, shaped like x; `temperature` >= 0 scales both. Returns data, shaped like noise."""
         x, times = temperature * noise, torch.linspace(0.999, 0, steps + 1)            # on the CPU: no step waits for an accelerator
@@ -379,7 +400,6 @@ class Path:
 class HeadBlock(nn.Module):
     """AdaLN-Zero residual block (Peebles & Xie 2023), h [S, N, w], c [S, N or 1, w] -> [S, N, w]; `mixing` adds attention over the N
     tokens. DiffusionHead starts the modulation at zero, which makes the block the identity."""
-
     def __init__(self, width, heads, mixing):
         super().__init__()
         self.norm1, self.mlp = nn.LayerNorm(width, elementwise_affine=False), mlp(width)
@@ -396,7 +416,6 @@ class HeadBlock(nn.Module):
 class DiffusionHead(nn.Module):
     """The small network that denoises a level's tokens given z (diffusion loss, Li et al. 2024): an MLP per token with AdaLN-Zero on
     z, t and level; with `head_mixing` the tokens of a level also attend to each other and share one t."""
-
     def __init__(self, c):
         super().__init__()
         w, self.mixing, self.draws = c.head_width, c.head_mixing, c.head_draws
@@ -448,7 +467,6 @@ class FAR(nn.Module):
     """Frequency autoregressive model. Images [B, C, H, H] are float32 of about [-1, 1] (or latents of unit variance) or uint8 [0, 255];
     labels int64 [B] in [0, num_classes), or float [B, K, cond_dim] when the config has a cond_dim; others raise ValueError (the range of
     labels that are on an accelerator already is not checked: that would wait for it)."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -462,30 +480,25 @@ class FAR(nn.Module):
             return ORDERINGS[self.config.ordering](x.float(), (0.0, *self.config.levels)[i])
 
     def as_images(self, images):
-        check(torch.is_tensor(images), f"images are of type {type(images).__name__}; allowed: a tensor")
-        c, shape, dtype = self.config, list(images.shape), images.dtype
-        check(shape[1:] == [c.channels, c.image_size, c.image_size] and shape[0] > 0,
-              f"images have shape {shape}; allowed: [B, {c.channels}, {c.image_size}, {c.image_size}]")
-        check(dtype in (torch.float32, torch.uint8), f"images are {dtype}; allowed: float32 of about [-1, 1], uint8 [0, 255]")
+        c, size = self.config, [self.config.channels, self.config.image_size, self.config.image_size]
+        check(torch.is_tensor(images) and images.dtype in (torch.float32, torch.uint8) and list(images.shape[1:]) == size and len(images) > 0,
+              f"images are {describe(images)}; allowed: float32 of about [-1, 1] or uint8 [0, 255], of shape [B, {c.channels}, {c.image_size}, {c.image_size}]")
         images = images.to(self.residual_scale.device)
-        return images / 127.5 - 1 if dtype == torch.uint8 else images
+        return images / 127.5 - 1 if images.dtype == torch.uint8 else images
 
     def condition(self, labels, B, dropout=0.0):
-        """Labels, or None for B images without label, as the transformer's condition [B, 1 or K, W]; a share `dropout` loses its label."""
+        """Labels, or None for B images without label -> [B, 1 or K, W] for the transformer; a share `dropout` loses its label."""
+        c, device, no_label = self.config, self.residual_scale.device, self.transformer.no_label
         if labels is None:
-            return self.transformer.no_label.expand(B, -1, -1)
-        c, device = self.config, self.residual_scale.device
+            return no_label.expand(B, -1, -1)
         check(c.num_classes or c.cond_dim, "this model has no classes; give no labels")
-        check(torch.is_tensor(labels), f"labels are of type {type(labels).__name__}; allowed: a tensor")
-        got = f"labels are {labels.dtype} {list(labels.shape)}; allowed: "
-        if c.cond_dim:
-            check(labels.shape == (B, c.cond_tokens, c.cond_dim) and labels.is_floating_point(), got + f"float [{B}, {c.cond_tokens}, {c.cond_dim}]")
-        else:
-            check(labels.shape == (B,) and labels.dtype == torch.int64, got + f"int64 [{B}]")
-            if labels.device.type == "cpu":
-                check(((0 <= labels) & (labels < c.num_classes)).all(), f"labels lie in {labels.min()} .. {labels.max()}; allowed: 0 .. {c.num_classes - 1}")
-        dropped = torch.rand(B, device=device) < dropout if dropout else torch.zeros(B, dtype=torch.bool, device=device)
-        return self.transformer.condition(labels.to(device), dropped)
+        shape, kind = ([B, c.cond_tokens, c.cond_dim], "float") if c.cond_dim else ([B], "int64")
+        check(torch.is_tensor(labels) and list(labels.shape) == shape and (labels.is_floating_point() if c.cond_dim else labels.dtype == torch.int64),
+              f"labels are {describe(labels)}; allowed: {kind} {shape}")
+        check(c.cond_dim or labels.device.type != "cpu" or 0 <= labels.min() and labels.max() < c.num_classes,
+              f"labels lie in {labels.min()} .. {labels.max()}; allowed: 0 .. {c.num_classes - 1}")
+        label = self.transformer.label(labels.to(device).float()) if c.cond_dim else self.transformer.label(labels.to(device))[:, None]
+        return torch.where((torch.rand if dropout else torch.ones)(B, 1, 1, device=device) < dropout, no_label, label)
 
     def losses(self, images, labels, level=None):
         """Diffusion loss of each image at its levels, [B, k]: level int64 [B, k] with i for the step x_i -> x_{i+1}, by default all F."""
@@ -504,7 +517,7 @@ class FAR(nn.Module):
 
     def forward(self, images, labels=None):
         """Training loss, a scalar: the mean over images and levels of w_i times the diffusion loss; w_i = 1 without loss_weighting."""
-        c, level = self.config, None
+        c, level = self.config, None                                            # None: all
         if c.levels_per_image and c.attention == "markov":
             level = torch.rand(len(images), len(c.levels), device=self.weights.device).argsort(1)[:, :c.levels_per_image]  # [B, k]
         losses = self.losses(images, labels, level)
@@ -517,16 +530,14 @@ class FAR(nn.Module):
     @torch.no_grad()
     def set_residual_scale(self, images):
         """Measures the deviation of x_{i+1} - x_i on images, [F]: the unit in which target "residual" is learned."""
-        x = self.as_images(images)
-        for i in range(len(self.config.levels)):
-            self.residual_scale[i] = (self.project(x, i + 1) - self.project(x, i)).std().clamp(min=1e-6)
+        x = [self.project(self.as_images(images), i) for i in range(len(self.config.levels) + 1)]
+        self.residual_scale.copy_(torch.stack([(b - a).std() for a, b in zip(x, x[1:])]).clamp(min=1e-6))
 
     def guided(self, z, level, cond, guidance):
         """What the sampler of a level integrates: the function of noisy tokens x_t [B, N, D] and a time t that gives the head's prediction
         [B, N, D], u + g (p - u) with guidance g. z [S, N, W], level [S], cond [S, 1 or K, W] hold the labelled half, S = B, and where
         g is not 1 the unlabelled half after it, S = 2 B; both halves see the same x_t."""
         projected = self.head.project(z, level, cond)
-
         def network(x_t, t):
             both = x_t.repeat(len(z) // len(x_t), 1, 1)
             p, *u = self.head(both, torch.full((len(z), 1), float(t), device=z.device), projected).split(len(x_t))
@@ -534,63 +545,54 @@ class FAR(nn.Module):
         return network
 
     @torch.no_grad()
-    def sample(self, labels, *, guidance=1.0, guidance_schedule="linear", head_steps=None, solver=None, temperature=None,
-               step_rule="paper", coupling=0.0, generator=None, return_levels=False):
+    def sample(self, labels, *, known=None, generator=None, return_levels=False, **settings):
         """Draws images level by level: z_i from the transformer, xhat from the head, x_{i+1} by the step rule.
-
         labels: int64 [B] or float [B, K, cond_dim]; or an int n for n images without label.
-        guidance: g >= 0; the head's prediction is u + g_i (p - u), p with and u without label; guidance_schedule "linear": g_i =
-        1 + (g - 1) i/F for i = 0 .. F-1 (none at the first level), "constant": g_i = g.
-        head_steps: int, one int a level, or "paper" (40 to 100); solver: ddpm, ddim or dpmpp_2m (see Path.sample); temperature: factor on
-        the head's noise, a number, one a level, or "paper" (0.8 to 1). All three: the config's by default.
-        step_rule: "paper" x_{i+1} = P_{i+1} xhat, or "locked" x_{i+1} = x_i + P_{i+1} xhat - P_i xhat, which keeps what was known.
-        coupling: rho in [0, 1], a number or one a level: correlation of the starting noise of tokens in one cell, where the token grid is
-        cut into k x k cells, k = round(keep_{i+1} H); no effect at levels where k reaches the grid's side.
+        known: (x, i) starts from what images x [B or 1, C, H, H], as in training, show at level i < F: super-resolution, variations.
         generator: a torch.Generator, or a list of B of them, one an image, for images that do not depend on the batch they are drawn in.
+        settings (the config's by default): guidance g >= 0: the head's prediction is u + g_i (p - u), p with and u without label;
+        guidance_schedule "linear": g_i = 1 + (g - 1) i/F for i = 0 .. F-1 (none at the first level), "constant": g_i = g. head_steps: int,
+        one a level, or "paper" (40 to 100). solver: ddpm, ddim or dpmpp_2m (see Path.sample). temperature: factor on the head's noise, a
+        number, one a level, or "paper" (0.8 to 1). step_rule: "paper" x_{i+1} = P_{i+1} xhat, or "locked" x_{i+1} = x_i + P_{i+1} xhat -
+        P_i xhat, which keeps what was known. coupling: rho in [0, 1], a number or one a level: see couple_noise; the token grid falls into
+        k x k cells, k = round(keep_{i+1} H), and levels where k reaches the grid's side are not coupled.
         Returns [B, C, H, H] in about [-1, 1]; with return_levels [B, F, C, H, H], x_1 .. x_F. ValueError on impossible arguments."""
-        c, device, levels = self.config, self.residual_scale.device, len(self.config.levels)
-        steps = per_level(c.head_steps if head_steps is None else head_steps, levels, "head_steps")
-        solver = solver or c.solver
-        temperature = per_level(c.temperature if temperature is None else temperature, levels, "temperature")
-        coupling = per_level(coupling, levels, "coupling")
-        for name, value, allowed in (("solver", solver, CHOICES["solver"]), ("guidance_schedule", guidance_schedule, ("linear", "constant")),
-                                     ("step_rule", step_rule, ("paper", "locked"))):
-            check(value in allowed, f"{name} is {value!r}; allowed: {', '.join(allowed)}")
-        check(isinstance(guidance, (int, float)) and 0 <= guidance < math.inf, f"guidance is {guidance!r}; it must be a number of at least 0")
-        check(max(coupling) <= 1, f"coupling is {coupling}; it must lie in [0, 1]")
-        check(type(labels) is int or torch.is_tensor(labels) and labels.ndim > 0, f"labels are {labels!r}; allowed: a tensor, or a number of images")
+        check(set(settings) <= set(SAMPLING), f"settings are {', '.join(settings)}; allowed: {', '.join(SAMPLING)}")
+        c, device, levels = replace(self.config, **settings), self.residual_scale.device, len(self.config.levels)
+        steps, temperature, coupling = (per_level(getattr(c, name), levels, name) for name in ("head_steps", "temperature", "coupling"))
+        check(type(labels) is int and labels > 0 or torch.is_tensor(labels) and labels.ndim > 0 and len(labels) > 0,
+              f"labels are {labels!r}; allowed: a tensor for at least one image, or a number of images of at least one")
         B, given = (labels, None) if type(labels) is int else (len(labels), labels.cpu())
-        check(B >= 1, "no labels given: ask for at least one image")
-        generators = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
-        check(all(isinstance(g, torch.Generator) for g in generators), f"generator is {generator!r}; allowed: a torch.Generator, or a list of one an image")
-        check(generators is not generator or len(generator) == B, f"a list of generators needs one for each of {B} images")
-
+        x, (image, start) = torch.zeros(B, c.channels, c.image_size, c.image_size, device=device), known or (None, 0)
+        check(not known or len(self.as_images(image)) in (1, B) and start in range(levels), f"known must be (1 or {B} images, a level of 0 .. {levels - 1})")
+        generators = generator if isinstance(generator, (list, tuple)) else [generator]
+        check(len(generators) == (B if generators is generator else 1) and all(g is None or isinstance(g, torch.Generator) for g in generators),
+              f"generator is {generator!r}; allowed: a torch.Generator, or a list of one for each of {B} images")
         def draw(*shape):                                                       # standard normal [B, *shape]
-            if generators is generator:
-                return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators]).to(device)
-            return torch.randn(B, *shape, generator=generator, device=generator.device if generator else device).to(device)
+            return torch.cat([torch.randn(B // len(generators), *shape, generator=g, device=g.device if g else device) for g in generators]).to(device)
 
-        guide = [1.0 if given is None else 1 + (guidance - 1) * i / levels if guidance_schedule == "linear" else guidance for i in range(levels)]
+        guide = [1.0 if given is None else 1 + (c.guidance - 1) * i / levels if c.guidance_schedule == "linear" else c.guidance for i in range(levels)]
         copies = 2 if any(g != 1 for g in guide) else 1                         # labelled half, then unlabelled half
         cond = torch.cat([self.condition(given, B), self.condition(None, B)][:copies])
-        cache = [{} for _ in self.transformer.blocks]
-        x, outputs = torch.zeros(B, c.channels, c.image_size, c.image_size, device=device), []
-        training = self.training
+        cache, outputs, training = [{} for _ in self.transformer.blocks], [], self.training
         self.eval()
         try:
             for i in range(levels):
                 level = torch.full((copies * B,), i, device=device)
                 z = self.transformer(patchify(x, c.patch_size).repeat(copies, 1, 1)[:, None], level[:, None], cond, cache)[:, 0]
-                noise, side = draw(c.num_tokens, c.token_dim), max(1, round(c.levels[i] * c.image_size))
-                if coupling[i] and side < c.image_size // c.patch_size:
-                    noise = couple_noise(noise, draw(side ** 2, c.token_dim), side, coupling[i])
-                S = 2 * B if guide[i] != 1 else B                               # no second half in the head where guidance is 1
-                network = self.guided(z[:S], level[:S], cond[:S], guide[i])
-                tokens = self.head.path.sample(network, noise, steps[i], solver, temperature[i], lambda x: draw(*x.shape[1:]))
-                xhat = unpatchify(tokens, c.patch_size, c.channels)
-                if c.target == "residual":
-                    xhat = x + self.residual_scale[i] * xhat
-                x = self.project(xhat, i + 1) + (x - self.project(xhat, i) if step_rule == "locked" else 0)
+                if i < start:
+                    x = self.project(self.as_images(image), i + 1).expand(B, -1, -1, -1)
+                else:
+                    noise, side = draw(c.num_tokens, c.token_dim), max(1, round(c.levels[i] * c.image_size))
+                    if coupling[i] and side < c.image_size // c.patch_size:
+                        noise = couple_noise(noise, draw(side ** 2, c.token_dim), side, coupling[i])
+                    S = 2 * B if guide[i] != 1 else B                           # no second half in the head where guidance is 1
+                    network = self.guided(z[:S], level[:S], cond[:S], guide[i])
+                    tokens = self.head.path.sample(network, noise, steps[i], c.solver, temperature[i], lambda x: draw(*x.shape[1:]))
+                    xhat = unpatchify(tokens, c.patch_size, c.channels)
+                    if c.target == "residual":
+                        xhat = x + self.residual_scale[i] * xhat
+                    x = self.project(xhat, i + 1) + (x - self.project(xhat, i) if c.step_rule == "locked" else 0)
                 outputs.append(x)
         finally:
             self.train(training)

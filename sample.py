@@ -4,67 +4,73 @@
     python sample.py --ckpt out/digits/ckpt.pt --labels 0-9 --n 100            # out/samples/samples.png
     python sample.py --ckpt out/digits/ckpt.pt --n 1797 --npz samples.npz      # arr_0 uint8 [n, H, W, C], arr_1 int64 [n]
 """
-import argparse, os, sys, time, zipfile
+import argparse, contextlib, os, runpy, sys, time, zipfile
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
 import torchvision
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from far import CHOICES, FAR, FARConfig, check
+from far import CHOICES, FAR, FARConfig, ORDERINGS, SAMPLING, check, check_ordering
+
+@contextlib.contextmanager
+def told(message):
+    """Whatever goes wrong inside becomes a ValueError of one sentence, the message and the cause: files of others can raise anything."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{message} ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})") from None
 
 def load_checkpoint(path, device="cpu"):
     """Reads a checkpoint of train_cifar.py -> (FAR with the EMA weights, in eval mode, on device; dict of the rest).
 
     Raises ValueError with one sentence if the file is missing, cut off, or no FAR checkpoint."""
     check(os.path.isfile(path), f"{path} is not a file; train a model, python train_cifar.py --data digits, and name it with --ckpt")
-    try:
+    with told(f"{path} cannot be read as a checkpoint: it is cut off or not written by train_cifar.py"):
         rest = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is cut off or not written by train_cifar.py") from None
     check(isinstance(rest, dict) and {"config", "ema"} <= set(rest), f"{path} holds no FAR model: config and ema are missing")
-    try:
+    name = str(dict(rest["config"]).get("ordering"))
+    check(":" not in name or name in ORDERINGS, f"{path} was trained with an ordering of its own: add --ordering {name}")
+    with told(f"{path} does not fit this version of far.py"):
         model = FAR(FARConfig.from_dict(rest["config"]))
         model.load_state_dict(rest.pop("ema"))
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not fit this version of far.py: {str(error).splitlines()[0]}") from None
     return model.to(device).eval().requires_grad_(False), rest
+
+def load_ordering(name):
+    """Puts a user's "file.py:function" into far.ORDERINGS under that name and says which laws it breaks on 32 x 32 images."""
+    if ":" in name and name not in ORDERINGS:
+        file, function = name.rsplit(":", 1)
+        with told(f"--ordering {name} must name a file and an ordering(x, keep) in it"):
+            ORDERINGS[name] = runpy.run_path(file)[function]
+            print(f"{name}:", *check_ordering(ORDERINGS[name], 32) or ["all laws hold"], sep="\n  ")
 
 def load_vae(name, device="cpu"):
     """The diffusers AutoencoderKL of a name (downloaded) or folder, to encode and decode latents. ValueError if it or diffusers is missing."""
-    try:
+    with told("latents need the library of the VAE: pip install diffusers"):
         from diffusers import AutoencoderKL
-    except ImportError:
-        raise ValueError("latents need the library of the VAE: pip install diffusers") from None
-    try:
+    with told(f"no AutoencoderKL can be loaded from {name}"):
         return AutoencoderKL.from_pretrained(name).to(device).eval().requires_grad_(False)
-    except Exception as error:                                                  # of the hub, the files or the network
-        raise ValueError(f"no AutoencoderKL can be loaded from {name}: {str(error).splitlines()[0]}") from None
 
 def use_device(name):
     """The torch.device of a name, "cuda" being this process's own GPU, ready for use. ValueError if there is none."""
-    try:
+    with told(f"--device {name} is not usable here"):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} is not usable here: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                              # TF32
     return device
 
-def training_flops(c):
-    """Floating-point operations of one image's training step: 2 for each multiply-add of a matrix product forward, twice that backward."""
-    k = c.attention == "markov" and c.levels_per_image or len(c.levels)
-    N, D, W, w, K, mix = c.num_tokens, c.token_dim, c.width, c.head_width, c.cond_tokens, c.head_mixing
-    sequences, length = (k, K + N) if c.attention == "markov" else (1, K + k * N)
-    transformer = k * N * 2 * D * W + c.depth * sequences * length * (24 * W * W + 4 * length * W)
-    steered = 1 if mix else N                                                   # modulations a level and draw
-    block = N * (16 * w * w + mix * (8 * w * w + 4 * N * w)) + steered * (12 if mix else 6) * w * w
-    drawn = N * 4 * D * w + steered * (6 * w * w + 128 * w) + c.head_depth * block
-    return 3 * (transformer + k * (2 * (N + mix) * W * w + c.head_draws * drawn))
+def count_flops(function):
+    """Floating-point operations of a call: 2 for each multiply-add of its matrix products, as torch counts them."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
 
 def matmul_rate(device, dtype):
     """Floating-point operations a second of a large matrix product: the peak that training is measured against."""
@@ -87,6 +93,12 @@ def read_image(path, size, channels=3):
         image = torchvision.transforms.functional.center_crop(image, min(image.size)).resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
+def list_folder(path, option):
+    """path/train/<class>/* -> torchvision's ImageFolder."""
+    check(path, f"{option} is missing: the folder that holds train/<class>/*.jpg")
+    with told(f"{option} {path} must be a folder that holds train/<class>/*.jpg"):
+        return torchvision.datasets.ImageFolder(os.path.join(path, "train"))
+
 def to_uint8(images):
     """float images in about [-1, 1] -> uint8 [0, 255], same shape."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
@@ -103,24 +115,18 @@ def draw_images(model, labels, seed=0, batch=250, progress=True, bf16=False, **s
     """Yields (first index, images, from FAR.sample(**settings)) a batch at a time. Image i depends on seed, i and its label alone: every
     image has a noise generator of its own. labels: int64 [n], or an int n for images without label."""
     n = labels if isinstance(labels, int) else len(labels)
-    with tqdm(total=n, unit="image", desc="sample", disable=not progress) as bar:
-        for start in range(0, n, batch):
-            stop = min(start + batch, n)
-            generators = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(start, stop)]
-            part = stop - start if isinstance(labels, int) else labels[start:stop]
-            with torch.autocast(model.residual_scale.device.type, torch.bfloat16, enabled=bf16):
-                images = model.sample(part, generator=generators, **settings).cpu()
-            yield start, images
-            bar.update(stop - start)
+    for start in tqdm(range(0, n, batch), unit="batch", desc="sample", disable=not progress):
+        stop = min(start + batch, n)
+        generators = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(start, stop)]
+        with torch.autocast(model.residual_scale.device.type, torch.bfloat16, enabled=bf16):
+            yield start, model.sample(stop - start if isinstance(labels, int) else labels[start:stop], generator=generators, **settings).cpu()
 
 def parse_labels(text, n, num_classes):
     """"0-9", "3", "1,5,7-9" or "none" and a number of images -> int64 [n], sorted evenly over the classes, or the int n for "none"."""
     if text == "none" or num_classes == 0:
         return n
-    try:
+    with told(f"--labels {text} is not understood; write classes as 0-9 or 1,5,7, or none"):
         classes = [k for part in text.split(",") for k in range(int(part.split("-")[0]), int(part.split("-")[-1]) + 1)]
-    except ValueError:
-        raise ValueError(f"--labels {text} is not understood; write classes as 0-9 or 1,5,7, or none") from None
     check(classes and max(classes) < num_classes, f"--labels {text} is out of range: the model knows the classes 0 to {num_classes - 1}")
     return torch.tensor([classes[i * len(classes) // n] for i in range(n)])
 
@@ -136,28 +142,6 @@ def score(images, labels, real, truth, k=5):
     shares = (distance <= radius_b).any(1), (distance <= radius_a[:, None]).any(0), nearest == labels
     return dict(fd=fd.item(), **{name: share.double().mean().item() for name, share in zip(("precision", "recall", "class_acc"), shares)})
 
-class NpzWriter:
-    """Writes arr_0 uint8 [n, H, W, C] and arr_1 int64 [n] batch by batch, so that memory stays bounded; the file appears when it is whole."""
-
-    def __init__(self, path, labels):
-        check(not os.path.isdir(path), f"--npz {path} is a folder; name a file")
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        self.path, self.n, self.file = path, labels if isinstance(labels, int) else len(labels), None
-        self.archive = zipfile.ZipFile(path + ".part", "w")
-        if not isinstance(labels, int):
-            with self.archive.open("arr_1.npy", "w") as f:
-                np.lib.format.write_array(f, labels.numpy())
-
-    def add(self, images):                                                      # the next ones, uint8 [B, H, W, C]
-        if not self.file:
-            self.file = self.archive.open("arr_0.npy", "w", force_zip64=True)
-            np.lib.format.write_array_header_1_0(self.file, dict(descr="|u1", fortran_order=False, shape=(self.n, *images.shape[1:])))
-        self.file.write(images.numpy().tobytes())
-
-    def close(self):
-        self.file.close(), self.archive.close()
-        os.replace(self.path + ".part", self.path)
-
 def numbers(kind, alone=True):
     """argparse type: comma-separated numbers -> a list of them, or, if `alone`, the number itself where there is one; also "paper"."""
     def parse(text):
@@ -166,10 +150,18 @@ def numbers(kind, alone=True):
     parse.__name__ = f"{kind.__name__} or list"
     return parse
 
+def add_settings(group, names, config=None):
+    """Adds a flag for each of the FARConfig fields `names`, without a default; its help shows the value in `config`."""
+    for f in fields(FARConfig):
+        kind = {"levels": numbers(float, alone=False), "temperature": numbers(float), "coupling": numbers(float), "head_steps": numbers(int)}.get(f.name, f.type)
+        options = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices=CHOICES.get(f.name))
+        if f.name in names:
+            group.add_argument("--" + f.name.replace("_", "-"), help=f"default: {getattr(config, f.name) if config else 'as in the checkpoint'}", **options)
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "far_cifar10.pt"), help="checkpoint (default: the CIFAR-10 weights in assets)")
-    p.add_argument("--export", help="write the weights alone, in half precision and with --guidance as their default, to this file; draws nothing")
+    p.add_argument("--export", help="write the weights alone, in half precision and with the sampling settings given here as default, to this file; draws nothing")
     p.add_argument("--labels", help="classes, such as 0-9 or 1,5,7, or none (default: all)")
     p.add_argument("--n", type=int, default=100, help="number of images (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="image i depends on seed, i and its label alone (default: %(default)s)")
@@ -179,19 +171,17 @@ def main(argv=None):
     p.add_argument("--npz", help="write all images to this file: arr_0 uint8 [n, H, W, C], arr_1 int64 [n]")
     p.add_argument("--real", help="npz file of real images [m, H, W, C] and labels, such as assets/digits.npz: print fd, precision, recall, class_acc (pixels)")
     p.add_argument("--png", help="write every image as a PNG into this folder")
-    p.add_argument("--guidance", type=float, help="1: none; more: clearer and less diverse (default: the checkpoint's, or 1)")
-    p.add_argument("--guidance-schedule", choices=("linear", "constant"), help="linear grows from none at the first level (default: the checkpoint's, or linear)")
-    p.add_argument("--head-steps", type=numbers(int), help="per level: a number, a list, or paper (default: the model's)")
-    p.add_argument("--solver", choices=CHOICES["solver"], help="default: the model's")
-    p.add_argument("--temperature", type=numbers(float), help="per level: a number, a list, or paper (default: the model's)")
-    p.add_argument("--step-rule", choices=("paper", "locked"), default="paper", help="default: %(default)s")
-    p.add_argument("--coupling", type=numbers(float), default=0.0, help="coupled noise, one rho or a list (default: %(default)s)")
+    p.add_argument("--from", dest="image", metavar="IMAGE", help="draw variations of a picture, given what it shows at --keep")
+    p.add_argument("--keep", type=float, help="with --from: the share of the picture's bandwidth that stays, one of the model's levels")
+    p.add_argument("--ordering", help="file.py:function, for a model that was trained with it")
+    add_settings(p.add_argument_group("sampling, see FAR.sample"), SAMPLING)
     p.add_argument("--paper", action="store_true", help="--solver ddpm --head-steps paper --temperature paper, unless given")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast: faster and a little coarser (default: on CUDA)")
     args = p.parse_args(argv)
     check(args.n >= 1 and args.batch >= 1 and args.seed >= 0, "--n and --batch must be at least 1, --seed at least 0")
     device = use_device(args.device)
+    load_ordering(args.ordering or "")
     model, rest = load_checkpoint(args.ckpt, device)
     c, latents = model.config, rest.get("latents")
     vae = load_vae(latents["vae"], device) if latents and not args.export else None
@@ -200,47 +190,57 @@ def main(argv=None):
         return torch.cat([vae.decode(z.to(device) / latents["scale"]).sample.cpu() for z in x.split(16)]) if vae else x
 
     labels = parse_labels(args.labels or f"0-{c.num_classes - 1}", args.n, c.num_classes)
-    settings = dict(guidance=1.0, guidance_schedule="linear", step_rule=args.step_rule, coupling=args.coupling) | rest.get("sampling", {})
-    settings |= {name: getattr(args, name) for name in ("guidance", "guidance_schedule") if getattr(args, name) is not None}
+    paper = dict(solver="ddpm", head_steps="paper", temperature="paper") if args.paper else {}
+    settings = paper | {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
     if args.export:
         half = {name: value.half() for name, value in model.state_dict().items()}  # load_checkpoint makes them float32 again
         os.makedirs(os.path.dirname(args.export) or ".", exist_ok=True)
-        torch.save(dict(config=c.to_dict(), ema=half, sampling={name: settings[name] for name in ("guidance", "guidance_schedule")}, latents=latents), args.export + ".part")
+        torch.save(dict(config=replace(c, **settings).to_dict(), ema=half, latents=latents), args.export + ".part")
         os.replace(args.export + ".part", args.export)
         return print(f"wrote {args.export}, {os.path.getsize(args.export) / 1e6:.1f} MB")
-    for name, paper in dict(solver="ddpm", head_steps="paper", temperature="paper").items():
-        settings[name] = paper if args.paper and getattr(args, name) is None else getattr(args, name)
+    if args.image:
+        keeps, picture = (0.0, *c.levels[:-1]), read_image(args.image, c.image_size, c.channels)
+        check(picture is not None and not vae, f"--from {args.image} cannot be read as a picture, or the model is one of latents")
+        check(args.keep in keeps, f"--keep {args.keep} is no level of this model; allowed: {', '.join(map(str, keeps))}")
+        settings["known"] = torch.tensor(picture)[None], keeps.index(args.keep)
     arrays = np.load(args.real).values() if args.real and zipfile.is_zipfile(args.real) else []
     real, kept = sorted((torch.from_numpy(x) for x in arrays if isinstance(x, np.ndarray)), key=torch.Tensor.dim, reverse=True), []
     check(not args.real or [x.shape[1:] for x in real] == [(c.image_size, c.image_size, c.channels), ()] and len(real[0]) == len(real[1]) > 5
           and args.n > 5 and torch.is_tensor(labels) and not vae, f"--real {args.real} must be an npz file of images [m, H, H, C], of the model's size, and m labels; m and --n above 5")
-    npz = NpzWriter(args.npz, labels) if args.npz else None
-    os.makedirs(args.out, exist_ok=True), os.makedirs(args.png or args.out, exist_ok=True)  # an error now, not after the sampling
+    check(not os.path.isdir(args.npz or ""), f"--npz {args.npz} is a folder; name a file")
+    for folder in (args.out, args.png, args.npz and os.path.dirname(args.npz)):  # an error now, not after the sampling
+        os.makedirs(folder or ".", exist_ok=True)
     shown = np.unique(np.linspace(0, args.n - 1, min(args.n, 400)).round().astype(int))  # all, or 400 spread evenly over the classes
     strip = [] if not args.levels else range(min(args.n, 10)) if isinstance(labels, int) else np.unique(labels.numpy(), return_index=True)[1][:10]
-    grid, rows, begin = [], [], time.perf_counter()
-    for start, levels in draw_images(model, labels, args.seed, args.batch, bf16=device.type == "cuda" if args.bf16 is None else args.bf16, return_levels=True, **settings):
+    grid, rows, stored, begin = [], [], None, time.perf_counter()
+    for start, levels in draw_images(model, labels, args.seed, args.batch, bf16=bf16, return_levels=True, **settings):
         images = pictures(levels[:, -1])
-        pixels = to_uint8(images).permute(0, 2, 3, 1)                           # [B, H, W, C]
-        if npz:
-            npz.add(pixels)
-        if real:
-            kept.append(pixels)
+        pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()                   # [B, H, W, C]
+        if args.npz:                                                            # on disk: memory stays bounded
+            stored = np.lib.format.open_memmap(args.npz + ".npy", "w+", np.uint8, (args.n, *pixels.shape[1:])) if stored is None else stored
+            stored[start:start + len(pixels)] = pixels
+        kept += [levels] if real else []
         for i, image in enumerate(images, start):
             if args.png:
-                Image.fromarray(pixels[i - start].squeeze(-1).numpy()).save(os.path.join(args.png, f"{i:06d}.png"))
-            if i in shown:
-                grid.append(image)
-            if i in strip:
-                rows.append(pictures(levels[i - start]))
+                Image.fromarray(pixels[i - start].squeeze()).save(os.path.join(args.png, f"{i:06d}.png"))
+            grid += [image] if i in shown else []
+            rows += [pictures(levels[i - start])] if i in strip else []
     seconds = time.perf_counter() - begin
     written = [save_grid(torch.stack(grid), os.path.join(args.out, "samples.png"), min(len(grid), 10 if len(grid) <= 100 else 20))]
     written += [save_grid(torch.cat(rows), os.path.join(args.out, "levels.png"), len(c.levels))] if rows else []
-    if npz:
-        npz.close()
+    if args.npz:                                                                # named arr_0 and arr_1; there once it is whole
+        with open(args.npz + ".part", "wb") as f:
+            np.savez(f, stored, *([labels] if torch.is_tensor(labels) else []))
+        os.replace(args.npz + ".part", args.npz), os.remove(args.npz + ".npy")
     print(f"{args.n} images in {seconds:.1f} s; wrote", *written, *filter(None, (args.png, args.npz)))
     if real:
-        print(*(f"{name} {value:.3f}" for name, value in score(torch.cat(kept), labels, *real).items()))
+        drawn, data = torch.cat(kept), real[0].permute(0, 3, 1, 2).float() / 127.5 - 1
+        scores = score(to_uint8(drawn[:, -1]).permute(0, 2, 3, 1), labels, *real)
+        for i in range(len(c.levels)):                                          # deviation of x_i over the samples, in units of the data's
+            scores[f"deviation_{i + 1}"] = (drawn[:, i].std(0).mean() / model.project(data, i + 1).std(0).mean()).item()
+        print(*(f"{name} {value:.3f}" for name, value in scores.items()))
+        return scores
 
 if __name__ == "__main__":
     try:

@@ -1,18 +1,18 @@
 """Train FAR on digits, CIFAR-10, ImageNet-64, a folder of images or VAE latents; on a CPU, a GPU or many.
 
     python train_cifar.py --data digits                                   # two minutes on a laptop, writes out/digits/
-    python train_cifar.py --data cifar10                                  # downloads CIFAR-10
-    python train_cifar.py --data folder --path DIR                        # DIR/train/<class>/*.jpg
+    python train_cifar.py --data cifar10                                  # downloads CIFAR-10; or --data folder --path DIR, with DIR/train/<class>/*.jpg
     torchrun --nproc_per_node=8 train_cifar.py --data imagenet64 --path DIR --compile
 
 Every setting of the model (far.FARConfig) is a flag; --data X --help shows the values that X takes by default.
 """
-import argparse, copy, csv, functools, hashlib, json, os, pickle, resource, shutil, signal, sys, time
+import argparse, contextlib, copy, csv, functools, hashlib, itertools, json, os, pickle, resource, shutil, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -21,73 +21,63 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import sample
-from far import CHOICES, FAR, FARConfig, ORDERINGS, PRESETS, check
-from sample import load_checkpoint, load_vae, matmul_rate, numbers, read_image, seed_of, training_flops, use_device
+from far import FAR, FARConfig, ORDERINGS, PRESETS, check, dct
+from sample import add_settings, count_flops, list_folder, load_checkpoint, load_ordering, load_vae, matmul_rate, read_image, seed_of, told, use_device
 
 DATA = {  # data set -> default preset and training settings
     "digits": dict(preset="digits", batch=64, lr=3e-3, ema=0.999, max_minutes=2.0),
-    "cifar10": dict(preset="cifar", batch=128, lr=1e-3, ema=0.999, steps=5000),
-    "folder": dict(preset="cifar", batch=128, lr=1e-3, ema=0.999, steps=5000),
+    **dict.fromkeys(("cifar10", "folder"), dict(preset="cifar", batch=128, lr=1e-3, ema=0.999, steps=5000)),
     "imagenet64": dict(preset="imagenet64", batch=256, lr=4e-4, ema=0.9999, max_minutes=2880.0),
     "latents": dict(preset="far_b", batch=2048, lr=8e-4, ema=0.9999, max_minutes=2880.0),
 }
+SWEEPS = {  # name -> runs, each the flags of one
+    "orderings": [*(f"--ordering {name}" for name in ORDERINGS), "--ordering high_to_low", "--levels 1"],
+    "targets": ["--target full", "--target next", "--target residual"],
+    "levels": [f"--levels {','.join(f'{(i + 1) / F:.3g}' for i in range(F))}" for F in (1, 2, 4, 6, 8, 10)],
+    "components": ["", "--attention causal --levels-per-image 0", "--no-head-mixing", "--mask text", "--mask reference", "--loss-weighting",
+                   "--head-steps 16,32,48", "--head-steps 48,32,16", "--step-rule locked"],
+}
+DIGITS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "digits.npz")
 KEPT = "data seed batch steps max_minutes lr lr_schedule warmup weight_decay clip ema flip bf16 grad_accum".split()  # by a resumed run, unless told otherwise
 
 # --- Data: load(path, config, skip_bad) -> images uint8 [n, C, H, H] (or the moments of latents), labels int64 [n], dict(classes=names, ..)
 
 def load_digits(*_):
     """1,797 real 8 x 8 digits of the UCI optical recognition set, values 0..16 stored as 0..255."""
-    d = np.load(os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "digits.npz"))
+    d = np.load(DIGITS)
     return torch.from_numpy(d["images"]).permute(0, 3, 1, 2), torch.from_numpy(d["labels"]), dict(classes=list("0123456789"))
 
 def load_cifar10(path, *_):
     """The 50,000 training images through torchvision, downloaded to path (default data) if they are not there."""
-    try:
+    with told(f"CIFAR-10 cannot be loaded from {path or 'data'} or downloaded; offline: --data digits, or --data folder --path DIR"):
         data = torchvision.datasets.CIFAR10(path or "data", download=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"CIFAR-10 cannot be loaded from {path or 'data'} or downloaded ({error}); offline: --data digits, or --data folder --path DIR") from None
     return torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets), dict(classes=data.classes)
-
-def list_folder(path, option):
-    """path/train/<class>/* -> torchvision's ImageFolder."""
-    check(path, f"{option} is missing: the folder that holds train/<class>/*.jpg")
-    try:
-        return torchvision.datasets.ImageFolder(os.path.join(path, "train"))
-    except OSError as error:
-        raise ValueError(f"{option} {path}: {error}; the folder must hold train/<class>/*.jpg") from None
 
 def digest(files, *more):
     """Changes when the names, sizes or times of the files do, or anything else given."""
     stats = [(os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps([stats, more]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([stats, more]).encode()).hexdigest()[:12]
 
-def read_json(path):
-    """The value in a JSON file; {} if there is no whole one."""
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError):
-        return {}
-
-def memory_map(path, key, shape, classes, chunks):
-    """data/<name>/images.npy, uint8 [n, C, H, H], filled from `chunks` (pairs of images [m, C, H, H] and m labels), and info.json. Both are
-    used again while the key is the same; built under another name, so that an interrupted build is never taken for a whole one."""
-    path = os.path.abspath(path)
-    folder = os.path.join("data", f"{os.path.basename(path)}-{'x'.join(map(str, shape[1:]))}-{hashlib.sha256(path.encode()).hexdigest()[:8]}")
-    info = read_json(os.path.join(folder, "info.json"))
-    if info.get("key") != key:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.makedirs(folder + ".part", exist_ok=True)
-        array, labels = np.lib.format.open_memmap(os.path.join(folder + ".part", "images.npy"), "w+", np.uint8, shape), []
+def memory_map(path, key, shape, chunks):
+    """data/<name>-<key>/images.npy, uint8 [n, C, H, H], filled from `chunks` (pairs of images [m, C, H, H] and m labels), and labels.npy; used
+    again while the key is the same. Built under another name, so that an interrupted build is never taken for a whole one."""
+    name = f"{os.path.basename(os.path.abspath(path))}-{'x'.join(map(str, shape[1:]))}-{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:8]}"
+    folder = Path("data", f"{name}-{key}")
+    if not folder.exists():
+        for old in Path("data").glob(name + "-*"):
+            shutil.rmtree(old)
+        part = folder.with_suffix(".part")
+        part.mkdir(parents=True)
+        array, labels = np.lib.format.open_memmap(part / "images.npy", "w+", np.uint8, shape), []
         for images, more in chunks:
             array[len(labels):len(labels) + len(more)] = images
             labels += more
         check(labels, f"{path} holds no image that can be read")
         array.flush()
-        info = dict(key=key, classes=classes, labels=labels)
-        Path(folder + ".part", "info.json").write_text(json.dumps(info))
-        os.replace(folder + ".part", folder)
-    images = np.load(os.path.join(folder, "images.npy"), mmap_mode="c")
-    return torch.from_numpy(images[:len(info["labels"])]), torch.tensor(info["labels"]), info
+        np.save(part / "labels.npy", labels)
+        part.rename(folder)
+    labels = torch.from_numpy(np.load(folder / "labels.npy"))
+    return torch.from_numpy(np.load(folder / "images.npy", mmap_mode="c")[:len(labels)]), labels
 
 def load_folder(path, config, skip_bad=False):
     """Images path/train/<class>/*, decoded once in parallel."""
@@ -105,11 +95,10 @@ def load_folder(path, config, skip_bad=False):
         check(skip_bad or not bad, f"{len(bad)} images cannot be read, first {', '.join(bad[:3])}: repair or remove them, or add --skip-bad")
         if bad:
             print(f"skipped {len(bad)} images that cannot be read:", *bad, sep="\n")
-    return memory_map(path, digest(files, skip_bad), (len(files), config.channels, config.image_size, config.image_size), data.classes, chunks())
+    return *memory_map(path, digest(files, skip_bad), (len(files), config.channels, config.image_size, config.image_size), chunks()), dict(classes=data.classes)
 
 class ArrayUnpickler(pickle.Unpickler):
     """Reads pickled dicts, lists, numbers, strings and numpy arrays, and refuses everything else: a pickle can hold any program."""
-
     def find_class(self, module, name):
         arrays = {(f"numpy.{core}.multiarray", part) for core in ("core", "_core") for part in ("_reconstruct", "scalar")}
         check((module, name) in arrays | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}, f"it asks for {module}.{name}")
@@ -124,17 +113,14 @@ def load_imagenet64(path, config, skip_bad=False):
     check(all(map(os.path.isfile, files)), f"--path {path} must hold train_data_batch_1 .. train_data_batch_10, or train/<class>/*.png")
     def chunks():
         for file in tqdm(files, desc="read batches"):
-            try:
-                with open(file, "rb") as f:
-                    batch = ArrayUnpickler(f).load()
+            with told(f"{file} is no batch of down-sampled ImageNet"), open(file, "rb") as f:
+                batch = ArrayUnpickler(f).load()
                 labels = [int(label) - 1 for label in batch["labels"]]
                 check(batch["data"].dtype == np.uint8 and batch["data"].shape == (len(labels), 12288), "data is not uint8 [n, 12288]")
                 check(min(labels) >= 0 and max(labels) < 1000, "labels lie outside 1 .. 1000")
-            except Exception as error:                                          # a damaged pickle can raise anything
-                raise ValueError(f"{file} is no batch of down-sampled ImageNet: {error}") from None
             yield batch["data"].reshape(-1, 3, 64, 64), labels
     most = sum(map(os.path.getsize, files)) // 12288                            # a little more than there are images
-    return memory_map(path, digest(files), (most, 3, 64, 64), [str(k) for k in range(1, 1001)], chunks())
+    return *memory_map(path, digest(files), (most, 3, 64, 64), chunks()), dict(classes=[str(k) for k in range(1, 1001)])
 
 def cache_latents(root, name, out, size, device, batch=32):
     """Runs a diffusers AutoencoderKL once over root/train/<class>/* and the mirror images: out/moments.npy float16 [n, 2, 2c, h, w] (mean
@@ -143,7 +129,7 @@ def cache_latents(root, name, out, size, device, batch=32):
     files = [file for file, _ in data.samples]
     encode = torch.no_grad()(lambda x: vae.encode(x).latent_dist.parameters)
     key, shape = digest(files, name, size), (len(files), 2, *encode(torch.zeros(1, 3, size, size, device=device)).shape[1:])
-    moments, finished = os.path.join(out, "moments.npy"), os.path.join(out, f"finished-{key[:8]}.npy")
+    moments, finished = os.path.join(out, "moments.npy"), os.path.join(out, f"finished-{key}.npy")
     if rank == 0 and not os.path.exists(finished):
         os.makedirs(out, exist_ok=True)
         for old in (*Path(out).glob("latents.json"), *Path(out).glob("finished-*.npy")):
@@ -168,13 +154,12 @@ def cache_latents(root, name, out, size, device, batch=32):
         mean, log_variance = np.split(array[::max(1, len(files) // 5000)].astype(np.float64), 2, axis=2)
         scale = float((mean.var() + np.exp(log_variance.clip(-30, 20)).mean()) ** -0.5)
         np.save(os.path.join(out, "labels.npy"), np.array(data.targets))
-        info = dict(vae=name, scale=scale, shape=shape, classes=data.classes)
-        Path(out, "latents.json").write_text(json.dumps(info))
+        Path(out, "latents.json").write_text(json.dumps(dict(vae=name, scale=scale, shape=shape, classes=data.classes)))
         print(f"wrote {out}: {len(files)} images and their mirror images, moments {list(shape[2:])}, scale {scale:.4f}")
 
 def load_latents(path, *_):
-    info = read_json(os.path.join(path or "", "latents.json"))
-    check("scale" in info, f"--path {path}: there is no whole latents.json; make it with --cache-latents IMAGES --vae NAME --path {path}")
+    with told(f"--path {path}: there is no whole latents.json; make it with --cache-latents IMAGES --vae NAME --path {path}"):
+        info = json.loads(Path(path or "", "latents.json").read_text())
     return torch.from_numpy(np.load(os.path.join(path, "moments.npy"), mmap_mode="c")), torch.from_numpy(np.load(os.path.join(path, "labels.npy"))), info
 
 def make_batch(images, index, device, flip, scale=None):
@@ -198,8 +183,7 @@ def make_optimizer(model, lr, weight_decay):
     """AdamW (0.9, 0.95); weight decay on the weights of linear layers only: none on biases, norms and embeddings."""
     decayed = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     groups = [[p for p in model.parameters() if (id(p) in decayed) == chosen] for chosen in (True, False)]
-    return torch.optim.AdamW([dict(params=groups[0], weight_decay=weight_decay), dict(params=groups[1], weight_decay=0.0)],
-                             lr=lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW([dict(params=groups[0], weight_decay=weight_decay), dict(params=groups[1], weight_decay=0.0)], lr=lr, betas=(0.9, 0.95), fused=True)
 
 def train(args, config, images, labels, info):
     """Trains until --steps or --max-minutes; rank 0 keeps args.out/ckpt.pt and log.csv."""
@@ -215,6 +199,8 @@ def train(args, config, images, labels, info):
         optimizer.load_state_dict(state.pop("optimizer"))
         optimizer.param_groups[0]["weight_decay"] = args.weight_decay
     state["settings"] = {name: getattr(args, name) for name in KEPT}
+    one = make_batch(images, torch.zeros(1).long(), device, False, info.get("scale")), labels[:1].to(device) if config.num_classes else None
+    share = count_flops(lambda: model(*one).backward()) / world / matmul_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
     averaged = list(ema.parameters()), [p.detach() for p in model.parameters()]
     if args.checkpoint_activations:
         for block in (*model.transformer.blocks, *model.head.blocks):
@@ -225,7 +211,6 @@ def train(args, config, images, labels, info):
         network = torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
     if device.type == "cuda" and images.nbytes < 0.4 * torch.cuda.mem_get_info(device)[0]:
         images, labels = images.to(device), labels.to(device)
-    share = training_flops(config) / world / matmul_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
     steps, limit = args.steps or float("inf"), 60 * args.max_minutes if args.max_minutes else float("inf")
     log = open(os.path.join(args.out, "log.csv") if rank == 0 else os.devnull, "w", buffering=1, newline="")
     writer = csv.writer(log)
@@ -280,8 +265,7 @@ def train(args, config, images, labels, info):
                 os.replace(ckpt + ".part", ckpt)                                # the checkpoint is whole or not there, and its loss finite
                 saved = state["seconds"]
             logged = state["step"], time.perf_counter() - start                 # the rate leaves out what logging takes
-    bar.close()
-    log.close()
+    bar.close(), log.close()
     if interrupted:
         sys.exit(f"stopped at step {state['step']}, saved in {ckpt}; --resume goes on from there")
     if rank == 0:
@@ -290,66 +274,83 @@ def train(args, config, images, labels, info):
 
 # --- Command line ----------------------------------------------------------------------------------------------------
 
+def sweep(name, argv):
+    """Does the runs of SWEEPS[name], each with seeds 0, 1, 2, and compares their samples with the digits: see --sweep."""
+    ORDERINGS["high_to_low"] = lambda x, keep: x - dct(x, 1 - keep)             # the control that should lose
+    rows = []
+    for flags, seed in itertools.product(SWEEPS[name], "012"):
+        out = os.path.join("out", name, "".join(flags.split("--")).replace(" ", "_") + f"_seed_{seed}")
+        file = Path(out, "scores.json")
+        if not file.exists():
+            main([*flags.split(), "--seed", seed, "--out", out, "--overwrite", *argv])
+            file.write_text(json.dumps(sample.main(["--ckpt", os.path.join(out, "ckpt.pt"), "--n", "1797", "--seed", seed, "--real", DIGITS, "--out", out])))
+        rows.append(dict(run=flags or "default", seed=seed, **json.loads(file.read_text())))
+    with open(os.path.join("out", f"{name}.csv"), "w", newline="") as f:
+        writer = csv.DictWriter(f, max(rows, key=len))
+        writer.writeheader(), writer.writerows(rows)
+    figure, axes = plt.subplots(1, 4, sharey=True, figsize=(12, 1 + 0.3 * len(SWEEPS[name])), layout="constrained")
+    for axis, metric in zip(axes, ("fd", "precision", "recall", "class_acc")):
+        axis.plot([row[metric] for row in rows], [row["run"] for row in rows], "o", alpha=0.6), axis.set_title(metric), axis.grid(alpha=0.3)
+    axes[0].invert_yaxis()
+    figure.savefig(os.path.join("out", f"{name}.png"))
+    print(f"wrote out/{name}.csv and out/{name}.png")
+
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False)
     p.add_argument("--data", choices=DATA, default="digits", help="default: %(default)s")
     p.add_argument("--preset", choices=PRESETS, help="default: what fits --data")
     p.add_argument("--paper", action="store_true", help="the paper's choices in place of the defaults")
+    p.add_argument("--out", help="folder to write (default: out/ and the name of the data)")
+    p.add_argument("--resume", action="store_true", help="continue the run in --out; all settings come from there, --steps or --max-minutes may be raised")
     chosen, _ = p.parse_known_args(argv)                                        # sets the defaults of what follows
-    defaults = DATA[chosen.data]
+    ckpt, defaults = os.path.join(chosen.out or os.path.join("out", chosen.data), "ckpt.pt"), DATA[chosen.data]
     config = FARConfig.preset(chosen.preset or defaults["preset"], chosen.paper)
     p.add_argument("-h", "--help", action="help")
     p.add_argument("--path", help="folder of the data; where --data cifar10 is or goes (default there: data)")
-    p.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
     p.add_argument("--cache-latents", metavar="DIR", help="encode DIR/train/<class>/* with --vae into --path, for --data latents; trains nothing")
     p.add_argument("--vae", help="name or folder of a diffusers AutoencoderKL")
     p.add_argument("--steps", type=int, help=f"stop after so many steps (default: {defaults.get('steps')}, none with --max-minutes)")
     p.add_argument("--max-minutes", type=float, help=f"stop after so long (default: {defaults.get('max_minutes')}, none with --steps)")
-    p.add_argument("--out", default=os.path.join("out", chosen.data), help="folder to write (default: %(default)s)")
-    p.add_argument("--resume", action="store_true", help="continue the run in --out; the model's settings come from there")
-    p.add_argument("--overwrite", action="store_true", help="start again although --out holds a run")
+    p.add_argument("--sweep", choices=SWEEPS, help="an experiment on digits: several runs, scored, in out/NAME.csv and out/NAME.png; started again, it does what is missing")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     p.add_argument("--lr-schedule", choices=("linear", "constant"), default="linear", help="linear (default) falls to 0 at the end")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA, and on a CPU that multiplies so twice as fast, but for digits)")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=chosen.data != "digits", help="mirror half of the images")
-    p.add_argument("--compile", action="store_true", help="torch.compile the model")
-    p.add_argument("--checkpoint-activations", action="store_true", help="less memory, a third more arithmetic")
+    for name, text in (("overwrite", "start again although --out holds a run"), ("skip-bad", "leave out images that cannot be read"),
+                       ("compile", "torch.compile the model"), ("checkpoint-activations", "less memory, a third more arithmetic")):
+        p.add_argument("--" + name, action="store_true", help=text)
     for name, default, text in (("batch", defaults["batch"], "images a step, over all processes"), ("grad_accum", 1, "parts that a process splits its share of a batch into"),
                                 ("seed", 0, "of weights, order and noise"), ("lr", defaults["lr"], "learning rate"), ("warmup", 100, "steps of rising learning rate"),
                                 ("weight_decay", 0.02, "of AdamW"), ("clip", 1.0, "bound on the gradient's norm"), ("ema", defaults["ema"], "decay of the averaged weights"),
                                 ("log_every", 100, "steps between lines of log.csv"), ("save_minutes", 5.0, "minutes between checkpoints")):
         p.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=f"{text} (default: %(default)s)")
-    group = p.add_argument_group("model settings (far.FARConfig); defaults as --data, --preset and --paper set them")
-    for f in fields(FARConfig):
-        value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
-        kind = {"levels": numbers(float, alone=False), "temperature": numbers(float), "head_steps": numbers(int)}.get(f.name, f.type)
-        options = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices={**CHOICES, "ordering": ORDERINGS}.get(f.name))
-        group.add_argument(flag, help=f"default: {value}", **options)
-    args = p.parse_args(argv)
-    if args.steps is None and args.max_minutes is None:
-        args.steps, args.max_minutes = defaults.get("steps"), defaults.get("max_minutes")
-    args.given = {f.name: getattr(args, f.name) for f in fields(FARConfig) if getattr(args, f.name) is not None}
-    args.config = FARConfig.preset(chosen.preset or defaults["preset"], args.paper, **args.given)
-    return args
-
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
-    config, ckpt, world = args.config, os.path.join(args.out, "ckpt.pt"), int(os.environ.get("WORLD_SIZE", 1))
-    check(not (args.resume and args.overwrite), "--resume and --overwrite exclude each other")
+    add_settings(p.add_argument_group("model settings (far.FARConfig); defaults as --data, --preset and --paper set them"), [f.name for f in fields(FARConfig)], config)
+    args, kept = p.parse_args(argv), defaults
+    load_ordering(args.ordering or "")
     if args.resume:
         model, state = load_checkpoint(ckpt)
         check({"optimizer", "settings"} <= set(state), f"{ckpt} holds weights alone and cannot be resumed")
-        config, flags = model.config, {flag.split("=")[0].replace("--no-", "--").replace("-", "_") for flag in argv}
-        for name, value in args.given.items():
-            check(getattr(config, name) == (tuple(value) if name == "levels" else value), f"--{name.replace('_', '-')} {value} contradicts the run in {args.out}, which has {getattr(config, name)}")
-        for name, value in state["settings"].items():
-            check(name not in ("data", "seed", "batch") or "__" + name not in flags or getattr(args, name) == value, f"the run in {args.out} has --{name} {value}")
-            if not flags & ({"__steps", "__max_minutes"} if name in ("steps", "max_minutes") else {"__" + name}):
-                setattr(args, name, value)
-        check((args.steps or float("inf")) > state["step"] and (args.max_minutes or float("inf")) * 60 > state["seconds"],
-              f"the run in {args.out} is finished, with {state['step']} steps in {state['seconds'] / 60:.1f} minutes: raise --steps or --max-minutes")
-        del model, state
+        config, kept = model.config, state["settings"]
+        p.set_defaults(**{name: value for name, value in kept.items() if name not in ("steps", "max_minutes")})
+        args = p.parse_args(argv)
+        for name in ("data", "seed", "batch"):
+            check(getattr(args, name) == kept[name], f"the run in {args.out} has --{name} {kept[name]}")
+    if args.steps is None and args.max_minutes is None:
+        args.steps, args.max_minutes = kept.get("steps"), kept.get("max_minutes")
+    check(not args.resume or (args.steps or float("inf")) > state["step"] and (args.max_minutes or float("inf")) * 60 > state["seconds"],
+          f"the run in {args.out} is finished: raise --steps or --max-minutes")
+    args.out, args.given = os.path.dirname(ckpt), {f.name: getattr(args, f.name) for f in fields(FARConfig) if getattr(args, f.name) is not None}
+    args.config = replace(config, **args.given)
+    for name in args.given if args.resume else ():
+        check(getattr(args.config, name) == getattr(config, name), f"--{name.replace('_', '-')} contradicts the run in {args.out}, which has {getattr(config, name)}")
+    return args
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.sweep:
+        return sweep(args.sweep, [flag for flag in (sys.argv[1:] if argv is None else argv) if flag not in ("--sweep", args.sweep, f"--sweep={args.sweep}")])
+    config, ckpt, world = args.config, os.path.join(args.out, "ckpt.pt"), int(os.environ.get("WORLD_SIZE", 1))
+    check(not (args.resume and args.overwrite), "--resume and --overwrite exclude each other")
     for name in "steps max_minutes batch grad_accum lr warmup log_every clip save_minutes".split():
         check(getattr(args, name) is None or getattr(args, name) > 0, f"--{name.replace('_', '-')} must be above 0")
     check(0 <= args.ema < 1, f"--ema is {args.ema}; it must lie in [0, 1)")
@@ -382,12 +383,10 @@ def main(argv=None):
     os.makedirs(args.out, exist_ok=True)
     if args.overwrite and dist.get_rank() == 0:
         Path(ckpt).unlink(missing_ok=True)
-    handler = signal.getsignal(signal.SIGINT)
-    try:
+    with contextlib.ExitStack() as afterwards:
+        afterwards.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
+        afterwards.callback(torch.backends.cuda.enable_flash_sdp, True)
         train(args, config, images, labels, info)
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        torch.backends.cuda.enable_flash_sdp(True)
     if dist.get_rank() == 0:
         sample.main(["--ckpt", ckpt, "--out", args.out, "--seed", str(args.seed), "--device", str(args.device)])
 
