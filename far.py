@@ -48,8 +48,8 @@ def dct(x, keep):
 
 @exact_ends
 def blur(x, keep):
-    """Gaussian low-pass, amplitude 1/2 at keep H/2 cycles per image. Soft, so not idempotent: a known x_i cannot be told from x_i blurred
-    again. Target full and the paper's step rule filter each x once and never need it; next filters the drawn x_{i+1} a second time."""
+    """Gaussian low-pass, amplitude 1/2 at keep H/2 cycles per image. Soft, so not idempotent: target full filters each x
+    once and does not mind; next and residual filter the drawn x_{i+1} a second time."""
     return mirrored(x, lambda f: torch.exp(-math.log(2) * (2 * f / (keep * x.shape[-1])) ** 2))
 
 @exact_ends
@@ -88,7 +88,7 @@ def check_ordering(fn, size, channels=3):
     """Says in words which laws of an ordering `fn(x, keep)` breaks on size x size images, and by how much (largest error
     on Gaussian images of deviation 1). Returns list[str], empty when all hold: shape, zero at 0, identity at 1, linear, idempotent, nested."""
     x, y = torch.randn(2, 2, channels, size, size, generator=torch.Generator().manual_seed(0))
-    keeps = [0.125, 0.25, 0.4, 0.5, 0.75, 1.0]
+    keeps, fn = [0.125, 0.25, 0.4, 0.5, 0.75, 1.0], lambda x, keep, fn=fn: fn(x.clone(), keep)  # fn may write into x
     if fn(x, 0.5).shape != x.shape:
         return [f"shape: {list(x.shape)} becomes {list(fn(x, 0.5).shape)} at keep 0.5"]
     checks = [("zero at 0", "keep 0", fn(x, 0.0), 0 * x), ("identity at 1", "keep 1", fn(x, 1.0), x)]
@@ -477,7 +477,7 @@ class FAR(nn.Module):
     def project(self, x, i):
         """x_i = P_i x: x [B, C, H, H] seen at level i = 0 .. F, in float32."""
         with torch.autocast(x.device.type, enabled=False):
-            return ORDERINGS[self.config.ordering](x.float(), (0.0, *self.config.levels)[i])
+            return ORDERINGS[self.config.ordering](x.to(torch.float32, copy=True), (0.0, *self.config.levels)[i])
 
     def as_images(self, images):
         c, size = self.config, [self.config.channels, self.config.image_size, self.config.image_size]
@@ -495,8 +495,8 @@ class FAR(nn.Module):
         shape, kind = ([B, c.cond_tokens, c.cond_dim], "float") if c.cond_dim else ([B], "int64")
         check(torch.is_tensor(labels) and list(labels.shape) == shape and (labels.is_floating_point() if c.cond_dim else labels.dtype == torch.int64),
               f"labels are {describe(labels)}; allowed: {kind} {shape}")
-        check(c.cond_dim or labels.device.type != "cpu" or 0 <= labels.min() and labels.max() < c.num_classes,
-              f"labels lie in {labels.min()} .. {labels.max()}; allowed: 0 .. {c.num_classes - 1}")
+        if not c.cond_dim and labels.device.type == "cpu":
+            check(0 <= labels.min() and labels.max() < c.num_classes, f"labels lie in {labels.min()} .. {labels.max()}; allowed: 0 .. {c.num_classes - 1}")
         label = self.transformer.label(labels.to(device).float()) if c.cond_dim else self.transformer.label(labels.to(device))[:, None]
         return torch.where((torch.rand if dropout else torch.ones)(B, 1, 1, device=device) < dropout, no_label, label)
 
@@ -563,8 +563,8 @@ class FAR(nn.Module):
         check(type(labels) is int and labels > 0 or torch.is_tensor(labels) and labels.ndim > 0 and len(labels) > 0,
               f"labels are {labels!r}; allowed: a tensor for at least one image, or a number of images of at least one")
         B, given = (labels, None) if type(labels) is int else (len(labels), labels.cpu())
-        x, (image, start) = torch.zeros(B, c.channels, c.image_size, c.image_size, device=device), known or (None, 0)
-        check(not known or len(self.as_images(image)) in (1, B) and start in range(levels), f"known must be (1 or {B} images, a level of 0 .. {levels - 1})")
+        x, (image, start) = torch.zeros(B, c.channels, c.image_size, c.image_size, device=device), known if type(known) is tuple and len(known) == 2 else (None, 0 if known is None else -1)
+        check(known is None or start in range(levels) and len(self.as_images(image)) in (1, B), f"known must be (1 or {B} images, a level of 0 .. {levels - 1})")
         generators = generator if isinstance(generator, (list, tuple)) else [generator]
         check(len(generators) == (B if generators is generator else 1) and all(g is None or isinstance(g, torch.Generator) for g in generators),
               f"generator is {generator!r}; allowed: a torch.Generator, or a list of one for each of {B} images")

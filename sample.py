@@ -2,7 +2,6 @@
 
     python sample.py                                                           # CIFAR-10 from assets/far_cifar10.pt
     python sample.py --ckpt out/digits/ckpt.pt --labels 0-9 --n 100            # out/samples/samples.png
-    python sample.py --ckpt out/digits/ckpt.pt --n 1797 --npz samples.npz      # arr_0 uint8 [n, H, W, C], arr_1 int64 [n]
 """
 import argparse, contextlib, os, runpy, sys, time, zipfile
 from dataclasses import fields, replace
@@ -28,26 +27,27 @@ def told(message):
 
 def load_checkpoint(path, device="cpu"):
     """Reads a checkpoint of train_cifar.py -> (FAR with the EMA weights, in eval mode, on device; dict of the rest).
-
     Raises ValueError with one sentence if the file is missing, cut off, or no FAR checkpoint."""
     check(os.path.isfile(path), f"{path} is not a file; train a model, python train_cifar.py --data digits, and name it with --ckpt")
     with told(f"{path} cannot be read as a checkpoint: it is cut off or not written by train_cifar.py"):
         rest = torch.load(path, map_location="cpu", weights_only=True)
-    check(isinstance(rest, dict) and {"config", "ema"} <= set(rest), f"{path} holds no FAR model: config and ema are missing")
-    name = str(dict(rest["config"]).get("ordering"))
+    check(isinstance(rest, dict) and isinstance(rest.get("config"), dict) and "ema" in rest, f"{path} holds no FAR model: config and ema are missing")
+    name = str(rest["config"].get("ordering"))
     check(":" not in name or name in ORDERINGS, f"{path} was trained with an ordering of its own: add --ordering {name}")
     with told(f"{path} does not fit this version of far.py"):
         model = FAR(FARConfig.from_dict(rest["config"]))
         model.load_state_dict(rest.pop("ema"))
     return model.to(device).eval().requires_grad_(False), rest
 
-def load_ordering(name):
-    """Puts a user's "file.py:function" into far.ORDERINGS under that name and says which laws it breaks on 32 x 32 images."""
-    if ":" in name and name not in ORDERINGS:
+def load_ordering(name, size=0, channels=3):
+    """Puts a user's "file.py:function" into far.ORDERINGS under that name; with a size, says first which laws it breaks there."""
+    if ":" in name:
         file, function = name.rsplit(":", 1)
         with told(f"--ordering {name} must name a file and an ordering(x, keep) in it"):
-            ORDERINGS[name] = runpy.run_path(file)[function]
-            print(f"{name}:", *check_ordering(ORDERINGS[name], 32) or ["all laws hold"], sep="\n  ")
+            ordering = runpy.run_path(file)[function]
+            if size:
+                print(f"{name}:", *check_ordering(ordering, size, channels) or ["all laws hold"], sep="\n  ")
+        ORDERINGS[name] = ordering
 
 def load_vae(name, device="cpu"):
     """The diffusers AutoencoderKL of a name (downloaded) or folder, to encode and decode latents. ValueError if it or diffusers is missing."""
@@ -119,7 +119,8 @@ def draw_images(model, labels, seed=0, batch=250, progress=True, bf16=False, **s
         stop = min(start + batch, n)
         generators = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(start, stop)]
         with torch.autocast(model.residual_scale.device.type, torch.bfloat16, enabled=bf16):
-            yield start, model.sample(stop - start if isinstance(labels, int) else labels[start:stop], generator=generators, **settings).cpu()
+            images = model.sample(stop - start if isinstance(labels, int) else labels[start:stop], generator=generators, **settings).cpu()
+        yield start, images                                                     # outside of autocast, which would last in the caller
 
 def parse_labels(text, n, num_classes):
     """"0-9", "3", "1,5,7-9" or "none" and a number of images -> int64 [n], sorted evenly over the classes, or the int n for "none"."""
@@ -171,7 +172,7 @@ def main(argv=None):
     p.add_argument("--npz", help="write all images to this file: arr_0 uint8 [n, H, W, C], arr_1 int64 [n]")
     p.add_argument("--real", help="npz file of real images [m, H, W, C] and labels, such as assets/digits.npz: print fd, precision, recall, class_acc (pixels)")
     p.add_argument("--png", help="write every image as a PNG into this folder")
-    p.add_argument("--from", dest="image", metavar="IMAGE", help="draw variations of a picture, given what it shows at --keep")
+    p.add_argument("--from", dest="image", metavar="IMAGE", help="draw variations of a picture: what it shows at --keep stays (unless --step-rule paper)")
     p.add_argument("--keep", type=float, help="with --from: the share of the picture's bandwidth that stays, one of the model's levels")
     p.add_argument("--ordering", help="file.py:function, for a model that was trained with it")
     add_settings(p.add_argument_group("sampling, see FAR.sample"), SAMPLING)
@@ -184,15 +185,14 @@ def main(argv=None):
     load_ordering(args.ordering or "")
     model, rest = load_checkpoint(args.ckpt, device)
     c, latents = model.config, rest.get("latents")
+    check(args.ordering in (None, c.ordering) and (args.image or args.keep is None), f"--ordering must be the model's own, {c.ordering}; --keep needs --from")
     vae = load_vae(latents["vae"], device) if latents and not args.export else None
-
     def pictures(x):                                                            # [n, C, H, H] -> images on the CPU
         return torch.cat([vae.decode(z.to(device) / latents["scale"]).sample.cpu() for z in x.split(16)]) if vae else x
 
     labels = parse_labels(args.labels or f"0-{c.num_classes - 1}", args.n, c.num_classes)
     paper = dict(solver="ddpm", head_steps="paper", temperature="paper") if args.paper else {}
     settings = paper | {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
     if args.export:
         half = {name: value.half() for name, value in model.state_dict().items()}  # load_checkpoint makes them float32 again
         os.makedirs(os.path.dirname(args.export) or ".", exist_ok=True)
@@ -200,21 +200,21 @@ def main(argv=None):
         os.replace(args.export + ".part", args.export)
         return print(f"wrote {args.export}, {os.path.getsize(args.export) / 1e6:.1f} MB")
     if args.image:
-        keeps, picture = (0.0, *c.levels[:-1]), read_image(args.image, c.image_size, c.channels)
-        check(picture is not None and not vae, f"--from {args.image} cannot be read as a picture, or the model is one of latents")
+        keeps, picture = (0.0, *c.levels[:-1]), read_image(args.image, c.image_size, c.channels) if c.channels in (1, 3) and not vae else None
+        check(picture is not None, f"--from {args.image} cannot be read as a picture, or the model is one of latents")
         check(args.keep in keeps, f"--keep {args.keep} is no level of this model; allowed: {', '.join(map(str, keeps))}")
-        settings["known"] = torch.tensor(picture)[None], keeps.index(args.keep)
+        settings = dict(step_rule="locked") | settings | dict(known=(torch.tensor(picture)[None], keeps.index(args.keep)))
     arrays = np.load(args.real).values() if args.real and zipfile.is_zipfile(args.real) else []
-    real, kept = sorted((torch.from_numpy(x) for x in arrays if isinstance(x, np.ndarray)), key=torch.Tensor.dim, reverse=True), []
-    check(not args.real or [x.shape[1:] for x in real] == [(c.image_size, c.image_size, c.channels), ()] and len(real[0]) == len(real[1]) > 5
-          and args.n > 5 and torch.is_tensor(labels) and not vae, f"--real {args.real} must be an npz file of images [m, H, H, C], of the model's size, and m labels; m and --n above 5")
+    real, kept = sorted((torch.from_numpy(x) for x in arrays if isinstance(x, np.ndarray) and x.dtype.kind in "iu"), key=torch.Tensor.dim, reverse=True), []
+    check(not args.real or [x.shape[1:] for x in real] == [(c.image_size, c.image_size, c.channels), ()] and len(real[0]) == len(real[1]) > 5 and real[0].dtype == torch.uint8
+          and args.n > 5 and torch.is_tensor(labels) and not vae, f"--real {args.real} must be an npz file of uint8 images [m, H, H, C], of the model's size, and m labels; m and --n above 5")
     check(not os.path.isdir(args.npz or ""), f"--npz {args.npz} is a folder; name a file")
     for folder in (args.out, args.png, args.npz and os.path.dirname(args.npz)):  # an error now, not after the sampling
         os.makedirs(folder or ".", exist_ok=True)
     shown = np.unique(np.linspace(0, args.n - 1, min(args.n, 400)).round().astype(int))  # all, or 400 spread evenly over the classes
     strip = [] if not args.levels else range(min(args.n, 10)) if isinstance(labels, int) else np.unique(labels.numpy(), return_index=True)[1][:10]
     grid, rows, stored, begin = [], [], None, time.perf_counter()
-    for start, levels in draw_images(model, labels, args.seed, args.batch, bf16=bf16, return_levels=True, **settings):
+    for start, levels in draw_images(model, labels, args.seed, args.batch, bf16=device.type == "cuda" if args.bf16 is None else args.bf16, return_levels=True, **settings):
         images = pictures(levels[:, -1])
         pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()                   # [B, H, W, C]
         if args.npz:                                                            # on disk: memory stays bounded

@@ -13,6 +13,7 @@ import importlib
 import json
 import math
 import os
+import pathlib
 import pickle
 import signal
 import subprocess
@@ -82,6 +83,18 @@ def test_keep_0_and_1_are_exact(name, size):
     ("shape", lambda x, k: x[..., 1:])])
 def test_check_ordering_names_the_broken_law(law, fn):
     assert any(line.startswith(law) for line in check_ordering(fn, 8))
+
+
+def test_an_ordering_may_write_into_its_input(monkeypatch):
+    def rows(x, keep):
+        x[:, :, math.ceil(keep * x.shape[2]):] = 0
+        return x
+    assert check_ordering(rows, 8) == [] and [line.split(":")[0] for line in check_ordering(lambda x, k: rows(x, k).mul_(k), 8)] == ["idempotent", "nested"]
+    monkeypatch.setitem(ORDERINGS, "rows", rows)
+    images = torch.randn(4, 1, 8, 8)
+    before = images.clone()
+    tiny(ordering="rows").level_losses(images, torch.arange(4))
+    assert torch.equal(images, before)
 
 
 @pytest.mark.parametrize("H", [5, 8])
@@ -498,6 +511,20 @@ def test_couple_noise():
             assert covariance[a, b].item() == pytest.approx(1 if a == b else 0.3 if cell[a] == cell[b] else 0, abs=0.03)
 
 
+def test_which_levels_are_coupled(monkeypatch):
+    """Keeps 1/4, 1/2, 1 of 8 pixels are 2, 4, 8 cells a side on a grid of 4 x 4 tokens: only the first level shares noise."""
+    seen = []
+    monkeypatch.setattr(far, "couple_noise", lambda noise, shared, side, rho: seen.append((side, rho, shared.shape[1])) or noise)
+    tiny(coupling=0.2).sample(2), tiny().sample(2, coupling=[0.0, 0.3, 0.3]), tiny().sample(2, coupling=[0.4, 0.3, 0.3])
+    assert seen == [(2, 0.2, 4), (2, 0.4, 4)]
+
+
+def test_labels_on_an_accelerator_are_not_waited_for(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "min", lambda *_: 1 / 0), monkeypatch.setattr(torch.Tensor, "max", lambda *_: 1 / 0)
+    model = tiny().to("meta")
+    assert model.condition(torch.zeros(3, dtype=torch.int64, device="meta"), 3).shape == (3, 1, 16)
+
+
 @pytest.mark.parametrize("target", ["full", "next", "residual"])
 @pytest.mark.parametrize("ordering", ["fourier", "dct"])
 def test_step_rules(target, ordering):
@@ -667,7 +694,8 @@ def test_wrong_inputs(images, labels, words):
     (2, dict(temperature=[1.0]), "levels"), (2, dict(temperature=-1.0), "at least 0"), (2, dict(coupling=1.5), r"\[0, 1\]"), (2, dict(generator=[seeded()]), "2 images"),
     (2, dict(coupling="paper"), "coupling is 'paper'"), (2, dict(guidance=math.inf), "guidance is inf"), (2, dict(guidance="2"), "must be a number"), (True, {}, "labels are True"),
     (2, dict(temperature=math.inf), "temperature is inf"), (2, dict(generator=5), "torch.Generator"), (2, dict(steps=5), "head_steps"), (2, dict(width=5), "head_steps"),
-    (2, dict(known=(torch.zeros(3, 1, 8, 8), 1)), "1 or 2 images"), (2, dict(known=(torch.zeros(2, 1, 8, 8), 3)), "0 .. 2"), (2, dict(known=(torch.zeros(2, 1, 9, 9), 1)), "shape")])
+    (2, dict(known=(torch.zeros(3, 1, 8, 8), 1)), "1 or 2 images"), (2, dict(known=(torch.zeros(2, 1, 8, 8), 3)), "0 .. 2"), (2, dict(known=(torch.zeros(2, 1, 9, 9), 1)), "shape"),
+    *((2, dict(known=known), "known must be") for known in (5, torch.zeros(2, 1, 8, 8), (torch.zeros(2, 1, 8, 8),)))])
 def test_wrong_sampling_arguments(labels, settings, words):
     with pytest.raises(ValueError, match=words):
         tiny().sample(labels, **settings)
@@ -781,7 +809,10 @@ def test_ctrl_c_saves_and_resume_goes_on_exactly(tmp_path, monkeypatch):
 def test_overwrite_forgets_the_old_run_at_once(tmp_path, monkeypatch):
     command = [*SMALL, "--steps", "2", "--out", str(tmp_path)]
     train_cifar.main(command)
-    monkeypatch.setattr(train_cifar, "train", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match="haar: side 8"):                       # what cannot start forgets nothing
+        train_cifar.main([*command, "--overwrite", "--ordering", "haar", "--levels", "0.1,1"])
+    assert (tmp_path / "ckpt.pt").exists()
+    monkeypatch.setattr(train_cifar, "epoch_order", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_cifar.main([*command, "--overwrite"])
     assert not (tmp_path / "ckpt.pt").exists()
@@ -869,11 +900,12 @@ def test_variations_of_a_picture(digits, tmp_path):
     flags = ["--ckpt", ckpt, "--from", str(tmp_path / "three.png"), "--n", "6", "--labels", "3", "--out", str(tmp_path)]
     x = {}
     for keep in ("0.0", "0.5"):
-        sample.main([*flags, "--keep", keep, "--step-rule", "locked", "--npz", str(tmp_path / "x.npz")])
+        sample.main([*flags, "--keep", keep, "--npz", str(tmp_path / "x.npz")])
         x[keep] = far.dct(torch.from_numpy(np.load(tmp_path / "x.npz")["arr_0"]).permute(0, 3, 1, 2) / 127.5 - 1, 0.5)
     want = far.dct(torch.tensor(sample.read_image(str(tmp_path / "three.png"), 8, 1))[None] / 127.5 - 1, 0.5)
     assert (x["0.5"] - want).abs().mean() < 0.1 < (x["0.0"] - want).abs().mean()  # clamped to [-1, 1], so not exactly
-    for wrong, words in ((["--keep", "0.3"], "0.25, 0.5"), ([], "0.25, 0.5"), (["--keep", "0.5", "--from", ckpt], "cannot be read as a picture")):
+    for wrong, words in ((["--keep", "0.3"], "0.25, 0.5"), ([], "0.25, 0.5"), (["--keep", "0.5", "--from", ckpt], "cannot be read as a picture"),
+                         (["--keep", "0.5", "--from", ""], "needs --from"), (["--ordering", "raster"], "model's own, dct")):
         with pytest.raises(ValueError, match=words):
             sample.main([*flags, *wrong])
 
@@ -892,7 +924,7 @@ def test_an_ordering_of_the_user(tmp_path, monkeypatch, capsys):
         sample.main(["--ckpt", os.path.join(out, "ckpt.pt"), "--out", out])
     sample.main(["--ckpt", os.path.join(out, "ckpt.pt"), "--out", out, "--ordering", name, "--n", "4"])
     capsys.readouterr()
-    sample.load_ordering(f"{tmp_path}/mine.py:half")
+    sample.load_ordering(f"{tmp_path}/mine.py:half", 8)
     assert "idempotent: broken at keep 0.5, largest error" in capsys.readouterr().out
     for wrong in (f"{tmp_path}/mine.py:rows", "nowhere.py:rows"):
         with pytest.raises(ValueError, match="must name a file and an ordering"):
@@ -903,20 +935,22 @@ def test_an_ordering_of_the_user(tmp_path, monkeypatch, capsys):
 def test_a_sweep_resumes_and_writes_a_table_and_a_plot(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(train_cifar.SWEEPS, "targets", ["--target next", "--ordering high_to_low --levels 0.5,1"])
-    command, mains = [*SMALL, "--sweep", "targets", "--steps", "2", "--head-steps", "1"], []
+    command, mains = [*SMALL, "--sweep", "targets", "--steps", "2", "--head-steps", "1", "--seed", "7", "--out", "elsewhere"], []
     train_cifar.main(command)
     rows = list(csv.DictReader(open("out/targets.csv")))
     assert [(row["run"], row["seed"]) for row in rows] == [(run, seed) for run in train_cifar.SWEEPS["targets"] for seed in "012"]
     assert len({row["fd"] for row in rows}) == 6 and rows[0]["deviation_3"] and not rows[3]["deviation_3"] and Image.open("out/targets.png").size[0] > 500
-    model, _ = sample.load_checkpoint("out/targets/target_next_seed_1/ckpt.pt")
+    run, = (str(path) for path in pathlib.Path("out/targets").glob("target_next_seed_1_*"))
+    model, state = sample.load_checkpoint(f"{run}/ckpt.pt")
+    assert state["settings"]["seed"] == 1
     drawn = torch.cat([x for _, x in sample.draw_images(model, sample.parse_labels("0-9", 1797, 10), 1, return_levels=True)])
     data = far.dct(torch.from_numpy(np.load(train_cifar.DIGITS)["images"]).permute(0, 3, 1, 2) / 127.5 - 1, 0.25)
     assert float(rows[1]["deviation_1"]) == pytest.approx((drawn[:, 0].std(0).mean() / data.std(0).mean()).item(), rel=1e-4)
-    os.remove("out/targets/target_next_seed_1/scores.json")                     # as if it had been stopped there
+    os.remove(f"{run}/scores.json")                     # as if it had been stopped there
     train = train_cifar.train
     monkeypatch.setattr(train_cifar, "train", lambda args, *rest: mains.append(args.out) or train(args, *rest))
     train_cifar.main(command)
-    assert mains == ["out/targets/target_next_seed_1"] and list(csv.DictReader(open("out/targets.csv"))) == rows
+    assert mains == [run] and list(csv.DictReader(open("out/targets.csv"))) == rows
 
 
 def test_score_by_brute_force():
@@ -962,6 +996,8 @@ def test_bfloat16_sampling_is_close(digits):
     model, _ = sample.load_checkpoint(os.path.join(digits, "ckpt.pt"))
     a, b = (torch.cat([x for _, x in sample.draw_images(model, torch.arange(40) % 10, bf16=bf16, progress=False)]) for bf16 in (False, True))
     assert not torch.equal(a, b) and a.dtype == b.dtype == torch.float32 and (a - b).abs().mean() < 0.05
+    for _ in sample.draw_images(model, torch.arange(3), bf16=True, progress=False):
+        assert not torch.is_autocast_enabled("cpu")                             # the caller's own arithmetic stays as it was
 
 
 @pytest.mark.parametrize("flags, steps, minutes", [([], None, 2.0), (["--steps", "7"], 7, None), (["--max-minutes", "3"], None, 3.0), (["--steps", "7", "--max-minutes", "3"], 7, 3.0),
@@ -1009,18 +1045,20 @@ def test_bad_checkpoints(digits, tmp_path):
     (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt"), torch.save({"config": 5, "ema": {}}, tmp_path / "number.pt")
     state = torch.load(os.path.join(digits, "ckpt.pt"), weights_only=True)
     torch.save({**state, "config": {**state["config"], "width": 32}}, tmp_path / "other.pt")
-    for name, words in (("missing", "not a file"), ("cut", "cut off"), ("text", "cannot be read"), ("evil", "cannot be read"), ("foreign", "no FAR model"), ("other", "does not fit")):
+    for name, words in (("missing", "not a file"), ("cut", "cut off"), ("text", "cannot be read"), ("evil", "cannot be read"), ("foreign", "no FAR model"), ("number", "no FAR model"), ("other", "does not fit")):
         with pytest.raises(ValueError, match=words):
             sample.load_checkpoint(str(tmp_path / f"{name}.pt"))
     assert not os.path.exists("evil")
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--seed", "-1"], "at least 0"), (["--npz", "."], "is a folder"), (["--real", "nowhere"], "an npz file"), (["--labels", "0-10"], "0 to 9"), (["--labels", "cat"], "not understood"), (["--labels", "5-3"], "out of range"), (["--n", "0"], "at least 1"), (["--head-steps", "0"], "at least 1")])
-def test_wrong_sample_flags(digits, flags, words):
+    (["--seed", "-1"], "at least 0"), (["--npz", "."], "is a folder"), (["--real", "nowhere"], "an npz file"), (["--real", "float.npz"], "uint8"), (["--real", "names.npz"], "uint8"), (["--labels", "0-10"], "0 to 9"), (["--labels", "cat"], "not understood"), (["--labels", "5-3"], "out of range"), (["--n", "0"], "at least 1"), (["--head-steps", "0"], "at least 1")])
+def test_wrong_sample_flags(digits, flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("float.npz", np.zeros((9, 8, 8, 1), np.float32), np.arange(9)), np.savez("names.npz", np.array(["a", "b"]))
     with pytest.raises(ValueError, match=words):
         sample.main(["--ckpt", os.path.join(digits, "ckpt.pt"), *flags])
 

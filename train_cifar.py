@@ -200,7 +200,7 @@ def train(args, config, images, labels, info):
         optimizer.param_groups[0]["weight_decay"] = args.weight_decay
     state["settings"] = {name: getattr(args, name) for name in KEPT}
     one = make_batch(images, torch.zeros(1).long(), device, False, info.get("scale")), labels[:1].to(device) if config.num_classes else None
-    share = count_flops(lambda: model(*one).backward()) / world / matmul_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
+    share = 3 * count_flops(torch.no_grad()(lambda: model(*one))) / world / matmul_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
     averaged = list(ema.parameters()), [p.detach() for p in model.parameters()]
     if args.checkpoint_activations:
         for block in (*model.transformer.blocks, *model.head.blocks):
@@ -212,6 +212,8 @@ def train(args, config, images, labels, info):
     if device.type == "cuda" and images.nbytes < 0.4 * torch.cuda.mem_get_info(device)[0]:
         images, labels = images.to(device), labels.to(device)
     steps, limit = args.steps or float("inf"), 60 * args.max_minutes if args.max_minutes else float("inf")
+    if args.overwrite and rank == 0:
+        Path(ckpt).unlink(missing_ok=True)
     log = open(os.path.join(args.out, "log.csv") if rank == 0 else os.devnull, "w", buffering=1, newline="")
     writer = csv.writer(log)
     writer.writerows([["step", "seconds", "images_per_second", "loss", *(f"level_{i + 1}" for i in range(len(config.levels)))], *state["log"]])
@@ -279,10 +281,11 @@ def sweep(name, argv):
     ORDERINGS["high_to_low"] = lambda x, keep: x - dct(x, 1 - keep)             # the control that should lose
     rows = []
     for flags, seed in itertools.product(SWEEPS[name], "012"):
-        out = os.path.join("out", name, "".join(flags.split("--")).replace(" ", "_") + f"_seed_{seed}")
+        key = hashlib.sha256(" ".join(argv).encode()).hexdigest()[:6]           # other flags, other runs
+        out = os.path.join("out", name, "".join(flags.split("--")).replace(" ", "_") + f"_seed_{seed}_{key}")
         file = Path(out, "scores.json")
         if not file.exists():
-            main([*flags.split(), "--seed", seed, "--out", out, "--overwrite", *argv])
+            main([*argv, *flags.split(), "--data", "digits", "--seed", seed, "--out", out, "--overwrite"])
             file.write_text(json.dumps(sample.main(["--ckpt", os.path.join(out, "ckpt.pt"), "--n", "1797", "--seed", seed, "--real", DIGITS, "--out", out])))
         rows.append(dict(run=flags or "default", seed=seed, **json.loads(file.read_text())))
     with open(os.path.join("out", f"{name}.csv"), "w", newline="") as f:
@@ -326,7 +329,7 @@ def parse_args(argv=None):
         p.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=f"{text} (default: %(default)s)")
     add_settings(p.add_argument_group("model settings (far.FARConfig); defaults as --data, --preset and --paper set them"), [f.name for f in fields(FARConfig)], config)
     args, kept = p.parse_args(argv), defaults
-    load_ordering(args.ordering or "")
+    load_ordering(args.ordering or "", args.image_size or config.image_size, args.channels or config.channels)
     if args.resume:
         model, state = load_checkpoint(ckpt)
         check({"optimizer", "settings"} <= set(state), f"{ckpt} holds weights alone and cannot be resumed")
@@ -334,11 +337,11 @@ def parse_args(argv=None):
         p.set_defaults(**{name: value for name, value in kept.items() if name not in ("steps", "max_minutes")})
         args = p.parse_args(argv)
         for name in ("data", "seed", "batch"):
-            check(getattr(args, name) == kept[name], f"the run in {args.out} has --{name} {kept[name]}")
+            check(getattr(args, name) == kept[name], f"the run of {ckpt} has --{name} {kept[name]}")
     if args.steps is None and args.max_minutes is None:
         args.steps, args.max_minutes = kept.get("steps"), kept.get("max_minutes")
     check(not args.resume or (args.steps or float("inf")) > state["step"] and (args.max_minutes or float("inf")) * 60 > state["seconds"],
-          f"the run in {args.out} is finished: raise --steps or --max-minutes")
+          f"the run of {ckpt} is finished: raise --steps or --max-minutes")
     args.out, args.given = os.path.dirname(ckpt), {f.name: getattr(args, f.name) for f in fields(FARConfig) if getattr(args, f.name) is not None}
     args.config = replace(config, **args.given)
     for name in args.given if args.resume else ():
@@ -381,8 +384,6 @@ def main(argv=None):
     if "vae" in info:
         load_vae(info["vae"])                                                   # an error now, not after the training
     os.makedirs(args.out, exist_ok=True)
-    if args.overwrite and dist.get_rank() == 0:
-        Path(ckpt).unlink(missing_ok=True)
     with contextlib.ExitStack() as afterwards:
         afterwards.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
         afterwards.callback(torch.backends.cuda.enable_flash_sdp, True)
