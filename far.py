@@ -227,8 +227,7 @@ def loss_weights(F):
     return 1 + torch.sin(math.pi / 2 * torch.arange(1, F + 1) / F)
 
 def mask_bounds(F, direction):
-    """Lower bounds [F] of the masked share at level i = 0 .. F-1: 0.7 (1 - i/F) for "text" (low levels are masked more, as the
-    paper's text says), 0.7 i/F for "reference" (what its code does)."""
+    """Lower bounds [F] of the masked share at level i = 0 .. F-1: "text" (the paper's) 0.7 (1 - i/F), low levels most; "reference" (its code) 0.7 i/F."""
     check(direction in ("text", "reference"), f"direction is {direction!r}; allowed: text, reference")
     i = torch.arange(F) / F
     return 0.7 * (1 - i if direction == "text" else i)
@@ -371,9 +370,8 @@ class Path:
         return (b * x_t - sigma * prediction) / (alpha * b - sigma * a)
 
     def step(self, x, xhat, t, s, ancestral):
-        """One step x_t -> x_s, s < t, given the data prediction xhat and so epshat = (x_t - alpha xhat) / sigma. Returns the mean of x_s,
-        alpha_s xhat + sqrt(sigma_s^2 - c^2) epshat, and its deviation c: for the ancestral step (DDPM) c^2 is the variance of x_s given
-        x_t and x, for the deterministic one (DDIM) 0."""
+        """One step x_t -> x_s, s < t, given the data prediction xhat, so that epshat = (x_t - alpha xhat) / sigma. Returns the mean of x_s, alpha_s xhat +
+        sqrt(sigma_s^2 - c^2) epshat, and its deviation c: ancestral (DDPM), c^2 is the variance of x_s given x_t and x; deterministic (DDIM), 0."""
         (alpha, sigma, *_), (alpha_s, sigma_s, *_) = self(t), self(s)
         variance = (sigma_s / sigma) ** 2 * (sigma ** 2 - (alpha / alpha_s * sigma_s) ** 2).clamp(min=0) if ancestral else 0 * sigma_s
         return alpha_s * xhat + (sigma_s ** 2 - variance).clamp(min=0).sqrt() * (x - alpha * xhat) / sigma, variance.sqrt()
@@ -464,9 +462,8 @@ def couple_noise(noise, shared, side, rho):
     return math.sqrt(rho) * shared[:, (cell[:, None] * side + cell).flatten()] + math.sqrt(1 - rho) * noise
 
 class FAR(nn.Module):
-    """Frequency autoregressive model. Images [B, C, H, H] are float32 of about [-1, 1] (or latents of unit variance) or uint8 [0, 255];
-    labels int64 [B] in [0, num_classes), or float [B, K, cond_dim] when the config has a cond_dim; others raise ValueError (the range of
-    labels that are on an accelerator already is not checked: that would wait for it)."""
+    """Frequency autoregressive model. Images [B, C, H, H]: float32 of about [-1, 1] (or latents of unit variance) or uint8 [0, 255]. Labels: int64 [B] in
+    [0, num_classes), or float [B, K, cond_dim]. Others raise ValueError (but for the range of labels on an accelerator: a check would wait for it)."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -533,10 +530,14 @@ class FAR(nn.Module):
         x = [self.project(self.as_images(images), i) for i in range(len(self.config.levels) + 1)]
         self.residual_scale.copy_(torch.stack([(b - a).std() for a, b in zip(x, x[1:])]).clamp(min=1e-6))
 
+    @torch.no_grad()
+    def average(self, model, decay):
+        """Moving average of weights: self becomes decay self + (1 - decay) model. Training keeps one, and samples are drawn from it."""
+        torch._foreach_lerp_(list(self.parameters()), list(model.parameters()), 1 - decay)
+
     def guided(self, z, level, cond, guidance):
-        """What the sampler of a level integrates: the function of noisy tokens x_t [B, N, D] and a time t that gives the head's prediction
-        [B, N, D], u + g (p - u) with guidance g. z [S, N, W], level [S], cond [S, 1 or K, W] hold the labelled half, S = B, and where
-        g is not 1 the unlabelled half after it, S = 2 B; both halves see the same x_t."""
+        """What a level's sampler integrates: a function of tokens x_t [B, N, D] and time t, the head's prediction u + g (p - u), g = guidance. z [S, N, W],
+        level [S], cond [S, 1 or K, W] hold the labelled half, S = B, and where g is not 1 the unlabelled half after it, S = 2 B; both see the same x_t."""
         projected = self.head.project(z, level, cond)
         def network(x_t, t):
             both = x_t.repeat(len(z) // len(x_t), 1, 1)
@@ -550,12 +551,11 @@ class FAR(nn.Module):
         labels: int64 [B] or float [B, K, cond_dim]; or an int n for n images without label.
         known: (x, i) starts from what images x [B or 1, C, H, H], as in training, show at level i < F: super-resolution, variations.
         generator: a torch.Generator, or a list of B of them, one an image, for images that do not depend on the batch they are drawn in.
-        settings (the config's by default): guidance g >= 0: the head's prediction is u + g_i (p - u), p with and u without label;
-        guidance_schedule "linear": g_i = 1 + (g - 1) i/F for i = 0 .. F-1 (none at the first level), "constant": g_i = g. head_steps: int,
-        one a level, or "paper" (40 to 100). solver: ddpm, ddim or dpmpp_2m (see Path.sample). temperature: factor on the head's noise, a
-        number, one a level, or "paper" (0.8 to 1). step_rule: "paper" x_{i+1} = P_{i+1} xhat, or "locked" x_{i+1} = x_i + P_{i+1} xhat -
-        P_i xhat, which keeps what was known. coupling: rho in [0, 1], a number or one a level: see couple_noise; the token grid falls into
-        k x k cells, k = round(keep_{i+1} H), and levels where k reaches the grid's side are not coupled.
+        settings (the config's by default): guidance g >= 0: the head's prediction is u + g_i (p - u), p with and u without label; guidance_schedule
+        "linear": g_i = 1 + (g - 1) i/F for i = 0 .. F-1 (none at the first level), "constant": g_i = g. head_steps: int, one a level, or "paper" (40 to
+        100). solver: ddpm, ddim or dpmpp_2m (see Path.sample). temperature: factor on the head's noise, one a level, or "paper" (0.8 to 1). step_rule:
+        "paper" x_{i+1} = P_{i+1} xhat, or "locked" x_{i+1} = x_i + P_{i+1} xhat - P_i xhat, which keeps what was known. coupling: rho in [0, 1], or one
+        a level: see couple_noise; the token grid falls into k x k cells, k = round(keep_{i+1} H), but where k reaches the grid's side nothing is coupled.
         Returns [B, C, H, H] in about [-1, 1]; with return_levels [B, F, C, H, H], x_1 .. x_F. ValueError on impossible arguments."""
         check(set(settings) <= set(SAMPLING), f"settings are {', '.join(settings)}; allowed: {', '.join(SAMPLING)}")
         c, device, levels = replace(self.config, **settings), self.residual_scale.device, len(self.config.levels)

@@ -1495,7 +1495,7 @@ EXERCISES = {  # name -> (functions of far.py, points, hint)
     "block_causal_mask": (["block_causal_mask"], 1, "True where the query's level is at least the key's; rows are queries; with markov only where they are equal"),
     "schedules": (["Path.__call__"], 2, "linear: alpha = 1 - t, sigma = t; cosine: alpha^2 = f(t)/f(0); then what the network predicts, a x + b eps"),
     "adaln_block": (["HeadBlock.forward"], 2, "normalise, scale by 1 + scale and shift, run the layer, add gate times the result; attention first, if there is mixing"),
-    "diffusion_loss": (["Path.noise", "DiffusionHead.loss"], 2, "x_t = alpha x + sigma eps, target a x + b eps; several draws a token; the mean over tokens and numbers, one value a sequence"),
+    "diffusion_loss": (["Path.noise", "DiffusionHead.loss", "FAR.average"], 2, "x_t = alpha x + sigma eps, target a x + b eps; several draws a token; the mean over tokens and numbers, one value a sequence; the average keeps a share decay of itself"),
     "second_order_sampler": (["Path.sample"], 3, "from t = 0.999 to 0; extrapolate xhat in log(alpha/sigma) from the last two, but not in the first and the last step; temperature scales all noise"),
     "guided_step": (["FAR.guided"], 3, "both halves see the same x_t; u + g (p - u) where p has the label; the condition is projected once, not once a step"),
     "kv_cache": (["Attention.forward"], 2, "append the new keys and values to the cached ones, attend to all of them, and keep them for the next call"),
@@ -1570,6 +1570,10 @@ def exercise_diffusion_loss(far):
         assert loss.shape == want.shape and torch.allclose(loss, want, rtol=1e-2), "the mean over draws, tokens and numbers, one value a sequence"
     model = types.SimpleNamespace(config=far.FARConfig.preset("digits", levels_per_image=0), losses=lambda *_: torch.tensor([[1.0, 2.0, 6.0]]).expand(5, -1))
     assert far.FAR.forward(model, torch.zeros(5, 1, 8, 8)).item() == 3, "the loss is the mean over images and levels"
+    ema, model = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    want = 0.9 * ema.weight.detach() + 0.1 * model.weight.detach()
+    far.FAR.average(ema, model, 0.9)
+    assert torch.allclose(ema.weight, want) and ema.weight.requires_grad, "the average becomes decay times itself plus 1 - decay times the model"
 
 
 def exercise_second_order_sampler(far):
@@ -1700,6 +1704,8 @@ def test_blanking_all_from_the_command_line():
     ("guided_step", "u[0] + guidance * (p - u[0])", "p + guidance * (p - u[0])"),
     ("diffusion_loss", "if c.loss_weighting else losses.mean()", "if c.loss_weighting else losses.sum()"),          # not averaged over levels
     ("diffusion_loss", ".square().mean((1, 2))", ".square().sum((1, 2))"),
+    ("diffusion_loss", "list(model.parameters()), 1 - decay)", "list(model.parameters()), 1.0)"),                 # EMA not used
+    ("diffusion_loss", "list(model.parameters()), 1 - decay)", "list(model.parameters()), decay)"),
     ("schedules", "alpha, sigma, a, b = 1 - t, t, ", "alpha, sigma, a, b = t, 1 - t, "),
     ("adaln_block", "(1 + scale)", "scale"),
     ("second_order_sampler", "(xhat - last)", "(last - xhat)"),

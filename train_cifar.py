@@ -201,7 +201,6 @@ def train(args, config, images, labels, info):
     state["settings"] = {name: getattr(args, name) for name in KEPT}
     one = make_batch(images, torch.zeros(1).long(), device, False, info.get("scale")), labels[:1].to(device) if config.num_classes else None
     share = 3 * count_flops(torch.no_grad()(lambda: model(*one))) / world / matmul_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
-    averaged = list(ema.parameters()), [p.detach() for p in model.parameters()]
     if args.checkpoint_activations:
         for block in (*model.transformer.blocks, *model.head.blocks):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -242,7 +241,7 @@ def train(args, config, images, labels, info):
         first_bad = torch.where((norm + total).isfinite(), first_bad, first_bad.clamp(max=state["step"]))
         optimizer.found_inf = first_bad.isfinite().float()                      # the fused step leaves the weights alone from there on
         optimizer.step()
-        torch._foreach_lerp_(*averaged, 1 - min(args.ema, (1 + state["step"]) / (10 + state["step"])))
+        ema.average(model, min(args.ema, (1 + state["step"]) / (10 + state["step"])))
         clock = torch.tensor([time.perf_counter() - start, len(interrupted)], dtype=torch.float64)
         dist.broadcast(clock, 0)                                                # all ranks stop at the same step
         state["seconds"], stop = clock.tolist()
