@@ -474,7 +474,7 @@ class FAR(nn.Module):
     def project(self, x, i):
         """x_i = P_i x: x [B, C, H, H] seen at level i = 0 .. F, in float32."""
         with torch.autocast(x.device.type, enabled=False):
-            return ORDERINGS[self.config.ordering](x.to(torch.float32, copy=True), (0.0, *self.config.levels)[i])
+            return ORDERINGS[self.config.ordering](x.to(torch.float32, copy=True), (0.0, *self.config.levels)[i])  # it may write into x
 
     def as_images(self, images):
         c, size = self.config, [self.config.channels, self.config.image_size, self.config.image_size]
@@ -495,7 +495,7 @@ class FAR(nn.Module):
         if not c.cond_dim and labels.device.type == "cpu":
             check(0 <= labels.min() and labels.max() < c.num_classes, f"labels lie in {labels.min()} .. {labels.max()}; allowed: 0 .. {c.num_classes - 1}")
         label = self.transformer.label(labels.to(device).float()) if c.cond_dim else self.transformer.label(labels.to(device))[:, None]
-        return torch.where((torch.rand if dropout else torch.ones)(B, 1, 1, device=device) < dropout, no_label, label)
+        return torch.where((torch.rand if dropout else torch.ones)(B, 1, 1, device=device) < dropout, no_label, label)  # no dropout: no random numbers
 
     def losses(self, images, labels, level=None):
         """Diffusion loss of each image at its levels, [B, k]: level int64 [B, k] with i for the step x_i -> x_{i+1}, by default all F."""
@@ -563,18 +563,18 @@ class FAR(nn.Module):
         check(type(labels) is int and labels > 0 or torch.is_tensor(labels) and labels.ndim > 0 and len(labels) > 0,
               f"labels are {labels!r}; allowed: a tensor for at least one image, or a number of images of at least one")
         B, given = (labels, None) if type(labels) is int else (len(labels), labels.cpu())
-        x, (image, start) = torch.zeros(B, c.channels, c.image_size, c.image_size, device=device), known if type(known) is tuple and len(known) == 2 else (None, 0 if known is None else -1)
+        image, start = (None, 0) if known is None else known if isinstance(known, tuple) and len(known) == 2 else (None, -1)
         check(known is None or start in range(levels) and len(self.as_images(image)) in (1, B), f"known must be (1 or {B} images, a level of 0 .. {levels - 1})")
         generators = generator if isinstance(generator, (list, tuple)) else [generator]
         check(len(generators) == (B if generators is generator else 1) and all(g is None or isinstance(g, torch.Generator) for g in generators),
               f"generator is {generator!r}; allowed: a torch.Generator, or a list of one for each of {B} images")
         def draw(*shape):                                                       # standard normal [B, *shape]
             return torch.cat([torch.randn(B // len(generators), *shape, generator=g, device=g.device if g else device) for g in generators]).to(device)
-
         guide = [1.0 if given is None else 1 + (c.guidance - 1) * i / levels if c.guidance_schedule == "linear" else c.guidance for i in range(levels)]
         copies = 2 if any(g != 1 for g in guide) else 1                         # labelled half, then unlabelled half
         cond = torch.cat([self.condition(given, B), self.condition(None, B)][:copies])
-        cache, outputs, training = [{} for _ in self.transformer.blocks], [], self.training
+        x, outputs = torch.zeros(B, c.channels, c.image_size, c.image_size, device=device), []
+        cache, training = [{} for _ in self.transformer.blocks], self.training
         self.eval()
         try:
             for i in range(levels):

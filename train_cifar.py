@@ -393,6 +393,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (ValueError, OSError, KeyboardInterrupt) as error:
         sys.exit(f"train_cifar.py: {str(error) or 'stopped'}")
