@@ -11,7 +11,6 @@ import torch
 import torchvision
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -74,6 +73,7 @@ def count_flops(function):
 
 def matmul_rate(device, dtype):
     """Floating-point operations a second of a large matrix product: the peak that training is measured against."""
+    from torch.utils.benchmark import Timer                                     # slow to import, and not needed to draw
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n ** 3 / Timer("a @ a", globals=dict(a=a), num_threads=torch.get_num_threads()).blocked_autorange().median
