@@ -1119,23 +1119,23 @@ def test_damaged_pictures_are_none_whatever_they_raise(tmp_path):
 def test_folder_memory_map_is_used_again_and_built_anew(tmp_path, monkeypatch):
     """Decoded once; again after a change of a file, of the size, or after an interrupted build; bad images are named, or left out on request."""
     monkeypatch.chdir(tmp_path)
-    os.makedirs("set/train/a")
+    os.makedirs("set[1].v2/train/a")
     for k in range(6):
-        Image.new("RGB", (8, 8), (10 * k, 0, 0)).save(f"set/train/a/{k}.png")
+        Image.new("RGB", (8, 8), (10 * k, 0, 0)).save(f"set[1].v2/train/a/{k}.png")
     reads, read_image = [], train_cifar.read_image
     monkeypatch.setattr(train_cifar, "read_image", lambda path, size, channels: reads.append(path) or read_image(path, size, channels))
 
     def load(size=8, count=6, **settings):
         reads.clear()
-        images, labels, _ = train_cifar.load_folder("set", folder_config(size), **settings)
+        images, labels, _ = train_cifar.load_folder("set[1].v2", folder_config(size), **settings)
         return images[:, 0, 0, 0].tolist(), len(labels), len(reads)
     assert load() == ([0, 10, 20, 30, 40, 50], 6, 6) and load() == ([0, 10, 20, 30, 40, 50], 6, 0)
     assert load(4)[2] == 6 and load()[2] == 0 and load(4)[2] == 0               # each size has its own
-    Image.new("RGB", (8, 8), (200, 0, 0)).save("set/train/a/3.png")
+    Image.new("RGB", (8, 8), (200, 0, 0)).save("set[1].v2/train/a/3.png")
     assert load() == ([0, 10, 20, 200, 40, 50], 6, 6)
-    os.remove("set/train/a/0.png")
+    os.remove("set[1].v2/train/a/0.png")
     assert load() == ([10, 20, 200, 40, 50], 5, 5)
-    open("set/train/a/1.png", "w").write("no image")
+    open("set[1].v2/train/a/1.png", "w").write("no image")
     with pytest.raises(ValueError, match="1 images cannot be read, first .*1.png.*--skip-bad"):
         load()
     assert load(skip_bad=True) == ([20, 200, 40, 50], 4, 5) and load(skip_bad=True)[2] == 0
@@ -1148,7 +1148,7 @@ def test_folder_memory_map_is_used_again_and_built_anew(tmp_path, monkeypatch):
         return read_image(path, size, channels)
     monkeypatch.setattr(train_cifar, "read_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_cifar.load_folder("set", folder_config(2), skip_bad=True)
+        train_cifar.load_folder("set[1].v2", folder_config(2), skip_bad=True)
     monkeypatch.setattr(train_cifar, "read_image", lambda path, size, channels: reads.append(path) or read_image(path, size, channels))
     assert load(2, skip_bad=True) == ([20, 200, 40, 50], 4, 5)
 

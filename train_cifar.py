@@ -61,12 +61,12 @@ def digest(files, *more):
 def memory_map(path, key, shape, chunks):
     """data/<name>-<key>/images.npy, uint8 [n, C, H, H], filled from `chunks` (pairs of images [m, C, H, H] and m labels), and labels.npy; used
     again while the key is the same. Built under another name, so that an interrupted build is never taken for a whole one."""
-    name = f"{os.path.basename(os.path.abspath(path))}-{'x'.join(map(str, shape[1:]))}-{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:8]}"
-    folder = Path("data", f"{name}-{key}")
+    place = digest([], os.path.abspath(path), shape[1:])                        # of the same images and size, whatever their key
+    folder = Path("data", f"{os.path.basename(os.path.abspath(path))}-{'x'.join(map(str, shape[1:]))}-{place}-{key}")
     if not folder.exists():
-        for old in Path("data").glob(name + "-*"):
+        for old in Path("data").glob(f"*-{place}-*"):
             shutil.rmtree(old)
-        part = folder.with_suffix(".part")
+        part = folder.with_name(folder.name + ".part")
         part.mkdir(parents=True)
         array, labels = np.lib.format.open_memmap(part / "images.npy", "w+", np.uint8, shape), []
         for images, more in chunks:
@@ -160,6 +160,7 @@ def cache_latents(root, name, out, size, device, batch=32):
 def load_latents(path, *_):
     with told(f"--path {path}: there is no whole latents.json; make it with --cache-latents IMAGES --vae NAME --path {path}"):
         info = json.loads(Path(path or "", "latents.json").read_text())
+        check("scale" in info, "it has no scale")
     return torch.from_numpy(np.load(os.path.join(path, "moments.npy"), mmap_mode="c")), torch.from_numpy(np.load(os.path.join(path, "labels.npy"))), info
 
 def make_batch(images, index, device, flip, scale=None):
@@ -278,9 +279,8 @@ def train(args, config, images, labels, info):
 def sweep(name, argv):
     """Does the runs of SWEEPS[name], each with seeds 0, 1, 2, and compares their samples with the digits: see --sweep."""
     ORDERINGS["high_to_low"] = lambda x, keep: x - dct(x, 1 - keep)             # the control that should lose
-    rows = []
+    rows, key = [], digest([], argv)                                            # other flags, other runs
     for flags, seed in itertools.product(SWEEPS[name], "012"):
-        key = hashlib.sha256(" ".join(argv).encode()).hexdigest()[:6]           # other flags, other runs
         out = os.path.join("out", name, "".join(flags.split("--")).replace(" ", "_") + f"_seed_{seed}_{key}")
         file = Path(out, "scores.json")
         if not file.exists():
@@ -327,7 +327,7 @@ def parse_args(argv=None):
                                 ("log_every", 100, "steps between lines of log.csv"), ("save_minutes", 5.0, "minutes between checkpoints")):
         p.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=f"{text} (default: %(default)s)")
     add_settings(p.add_argument_group("model settings (far.FARConfig); defaults as --data, --preset and --paper set them"), [f.name for f in fields(FARConfig)], config)
-    args, kept = p.parse_args(argv), defaults
+    args, kept, state = p.parse_args(argv), defaults, dict(step=0, seconds=0.0)
     load_ordering(args.ordering or "", args.image_size or config.image_size, args.channels or config.channels)
     if args.resume:
         model, state = load_checkpoint(ckpt)
@@ -340,7 +340,7 @@ def parse_args(argv=None):
     if args.steps is None and args.max_minutes is None:
         args.steps, args.max_minutes = kept.get("steps"), kept.get("max_minutes")
     check(not args.resume or (args.steps or float("inf")) > state["step"] and (args.max_minutes or float("inf")) * 60 > state["seconds"],
-          f"the run of {ckpt} is finished: raise --steps or --max-minutes")
+          f"the run of {ckpt} is finished, with {state['step']} steps in {state['seconds'] / 60:.1f} minutes: raise --steps or --max-minutes")
     args.out, args.given = os.path.dirname(ckpt), {f.name: getattr(args, f.name) for f in fields(FARConfig) if getattr(args, f.name) is not None}
     args.config = replace(config, **args.given)
     for name in args.given if args.resume else ():
