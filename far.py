@@ -33,24 +33,25 @@ def fourier(x, keep, disc=False):
     radius = torch.hypot(f[:, None], f) if disc else torch.maximum(f[:, None], f)
     return torch.fft.ifft2(torch.fft.fft2(x) * (radius <= keep * H / 2 + 1e-6)).real
 
-def mirrored(x, gain):
-    """Multiplies the frequencies of the image beside its mirror images, so that nothing wraps around at the borders: by gain(f) along
-    either axis, f = 0, 1/2, 1, .. cycles per image, those of the DCT-II. x [B, C, H, H] -> [B, C, H, H]."""
-    H = x.shape[-1]
-    x = torch.cat([x, x.flip(3)], 3)
-    factor = gain(torch.fft.fftfreq(2 * H, 1 / H, device=x.device).abs())       # [2H]
-    return torch.fft.ifft2(torch.fft.fft2(torch.cat([x, x.flip(2)], 2)) * (factor[:, None] * factor)).real[..., :H, :H]
+def in_cosines(x, gain):
+    """Multiplies the orthonormal 2-D DCT-II coefficients of x by gain(f) along either axis, f = 0, 1/2, 1, .. cycles per image: the frequencies
+    of the image beside its mirror images, so that nothing wraps around at the borders. x [B, C, H, H] -> [B, C, H, H]."""
+    k = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)
+    basis = torch.cos(math.pi / len(k) * (k + 0.5) * k[:, None])                # [H, H], a row a frequency
+    basis[0] /= math.sqrt(2)
+    P = 2 / len(k) * basis.T @ (gain(k / 2)[:, None] * basis)
+    return P @ x @ P                                                            # P is symmetric
 
 @exact_ends
 def dct(x, keep):
     """Low-pass in the orthonormal 2-D DCT-II: keeps the coefficients with both indices < keep H. Shapes and range as in `fourier`."""
-    return mirrored(x, lambda f: f < keep * x.shape[-1] / 2 - 1e-6)
+    return in_cosines(x, lambda f: f < keep * x.shape[-1] / 2 - 1e-6)
 
 @exact_ends
 def blur(x, keep):
     """Gaussian low-pass, amplitude 1/2 at keep H/2 cycles per image. Soft, so not idempotent: target full filters each x
     once and does not mind; next and residual filter the drawn x_{i+1} a second time."""
-    return mirrored(x, lambda f: torch.exp(-math.log(2) * (2 * f / (keep * x.shape[-1])) ** 2))
+    return in_cosines(x, lambda f: torch.exp(-math.log(2) * (2 * f / (keep * x.shape[-1])) ** 2))
 
 @exact_ends
 def resize(x, keep):
