@@ -2,21 +2,18 @@
 
 An image is generated from low to high frequencies. Level i shows x_i, the image low-passed to a share keep_i of its bandwidth (`ORDERINGS`);
 x_0 = 0 and x_F is the image. A transformer reads x_0 .. x_i and says z_i, one vector a token (`Transformer`); a small diffusion network
-draws the image's tokens given z_i (`DiffusionHead`); low-passed, the draw is x_{i+1}. `FAR.forward` is the training loss, `FAR.sample` the
-generation loop. Two shortcuts measured better and are the default: the transformer sees x_i alone (`attention="markov"`), and the head
-draws a level's tokens jointly (`head_mixing`). The file reads top to bottom in the paper's order.
+draws the image's tokens given z_i (`DiffusionHead`); low-passed, the draw is x_{i+1}. `FAR.forward` is the training loss, `FAR.sample` the loop.
+By default the transformer sees x_i alone (`attention="markov"`) and the head draws a level's tokens jointly (`head_mixing`): measured better.
 
 Letters as in the paper: B batch, C channels, H side, p patch side, N = (H/p)^2 tokens of D = C p^2 numbers, F levels, W width.
 """
-import functools
-import math
+import functools, math
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.nn as nn
 
 # --- Orderings: x_i = P_i x, a chain of nested projections from nothing to the whole image ----------------------------
-
 def exact_ends(ordering):
     """Makes keep 0 give zeros and keep 1 the image itself."""
     @functools.wraps(ordering)
@@ -104,18 +101,15 @@ def check_ordering(fn, size, channels=3):
     return [f"{law}: broken at {where}, largest error {error:.3g}" for law, (error, where) in worst.items() if error > 1e-4]
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
-
 PAPER_LEVELS = tuple(side / 16 for side in (2, 3, 4, 5, 6, 7, 8, 9, 10, 16))  # 10 steps on the paper's 16 x 16 token grid
 PAPER = dict(levels=PAPER_LEVELS, attention="causal", head_mixing=False, head_draws=4, target="full", prediction="eps", schedule="cosine",
              solver="ddpm", head_steps="paper", temperature="paper", mask="text", loss_weighting=True)
 LATENTS = dict(image_size=16, channels=16, patch_size=1, num_classes=1000, levels=PAPER_LEVELS, cond_tokens=64, attention="causal", head_mixing=False,
                head_draws=4, dropout=0.1, ordering="resize")                    # a Fourier square of 16 x 16 tells 6 of the 10 levels apart
 PRESETS = {
-    "digits": dict(image_size=8, channels=1, levels=(0.25, 0.5, 1.0), ordering="dct", width=128, depth=1, heads=4, head_width=128, head_depth=4,
-                   levels_per_image=1, head_steps=32, temperature=1.05),
-    "cifar": dict(ordering="dct", levels_per_image=1),
-    "imagenet64": dict(image_size=64, num_classes=1000, levels=(0.125, 0.25, 0.5, 1.0), ordering="dct", levels_per_image=1,
-                       width=768, depth=8, heads=12, head_width=768, head_depth=8),
+    "digits": dict(image_size=8, channels=1, ordering="dct", levels_per_image=1, width=128, head_width=128, head_depth=4, head_steps=32, temperature=1.05),
+    "cifar": dict(ordering="dct", levels_per_image=1, patch_size=[8, 8, 4], target="residual", head_steps=8, temperature=[1.0, 0.95, 0.9]),
+    "imagenet64": dict(image_size=64, num_classes=1000, levels=(0.125, 0.25, 0.5, 1.0), ordering="dct", levels_per_image=1, width=768, depth=8, heads=12, head_width=768, head_depth=8),
     "far_b": dict(LATENTS, width=768, depth=24, heads=12, head_width=1024, head_depth=3),
     "far_l": dict(LATENTS, width=1024, depth=32, heads=16, head_width=1024, head_depth=4),
     "far_h": dict(LATENTS, width=1280, depth=40, heads=16, head_width=1024, head_depth=6),
@@ -134,10 +128,10 @@ def describe(x):
 
 @dataclass
 class FARConfig:
-    """All settings of a model; the defaults are the `cifar` preset but for ordering and levels_per_image. Raises ValueError on impossible settings."""
+    """All settings of a model; the defaults are the `cifar` preset but for what PRESETS names. Raises ValueError on impossible settings."""
     image_size: int = 32                # H
     channels: int = 3                   # C
-    patch_size: int = 4                 # p
+    patch_size: object = 4              # p, or one a level: what a coarse level shows needs few tokens
     num_classes: int = 10               # 0: no class labels
     levels: tuple = (0.25, 0.5, 1.0)    # keep_1 < .. < keep_F = 1
     ordering: str = "fourier"           # a name in ORDERINGS
@@ -179,7 +173,8 @@ class FARConfig:
             check(f.type is not int or isinstance(value, int) and value >= least, f"{f.name} is {value!r}; it must be a whole number of at least {least}")
             check(f.type is not float or f.name == "guidance" or isinstance(value, (int, float)) and 0 <= value <= 1, f"{f.name} is {value!r}; it must lie in [0, 1]")
             check(f.type is not bool or isinstance(value, bool), f"{f.name} is {value!r}; it must be True or False")
-        check(self.image_size % self.patch_size == 0, f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
+        self.patch_sizes = per_level(self.patch_size, len(self.levels), "patch_size")
+        check(not any(self.image_size % p for p in self.patch_sizes), f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
         check(self.width % self.heads == 0 and self.width % 4 == 0, f"width {self.width} is not divisible by heads {self.heads} and by 4")
         check(self.head_width % self.heads == 0 or not self.head_mixing, f"head_width {self.head_width} is not divisible by heads {self.heads}")
         check(self.levels_per_image <= len(self.levels), f"levels_per_image is {self.levels_per_image}, more than the {len(self.levels)} levels")
@@ -188,13 +183,14 @@ class FARConfig:
         for name in ("head_steps", "temperature", "coupling"):
             values = per_level(getattr(self, name), len(self.levels), name)
         check(max(values) <= 1, f"coupling is {self.coupling}; it must lie in [0, 1]")
-        self.num_tokens, self.token_dim = (self.image_size // self.patch_size) ** 2, self.channels * self.patch_size ** 2  # N, D
+        self.num_tokens, self.token_dim = [(self.image_size // p) ** 2 for p in self.patch_sizes], [self.channels * p ** 2 for p in self.patch_sizes]  # N, D
 
     @classmethod
     def preset(cls, name, paper=False, **overrides):
-        """A configuration of PRESETS; `paper` takes the paper's choices (PAPER) for all but the ordering, overrides win."""
+        """A configuration of PRESETS; `paper` takes the paper's choices (PAPER, and the finest patch at all levels) but for the ordering; overrides win."""
         check(name in PRESETS, f"preset is {name!r}; allowed: {', '.join(PRESETS)}")
-        return cls.from_dict({**PRESETS[name], **(PAPER if paper else {}), **overrides})
+        patch = dict(patch_size=min(cls.from_dict(PRESETS[name]).patch_sizes))
+        return cls.from_dict({**PRESETS[name], **(PAPER | patch if paper else {}), **overrides})
 
     to_dict = asdict
 
@@ -205,7 +201,6 @@ class FARConfig:
         return cls(**d)
 
 # --- Tokens, masks and schedules over levels --------------------------------------------------------------------------
-
 def patchify(x, p):
     """Image x [B, C, H, H] -> tokens [B, N, C p^2], row by row; each token is (channel, row, column). ValueError if p does not divide H."""
     B, C, H, W = x.shape
@@ -219,8 +214,9 @@ def unpatchify(tokens, p, channels):
     return tokens.reshape(len(tokens), G, G, channels, p, p).permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), channels, G * p, G * p)
 
 def block_causal_mask(num_levels, num_tokens, markov=False):
-    """Bool [F N, F N], True = query (row) may attend to key (column): level(q) >= level(k), or level(q) == level(k) with `markov`."""
-    level = torch.arange(num_levels).repeat_interleave(num_tokens)
+    """Bool [F N, F N], True = query (row) may attend to key (column): level(q) >= level(k), or level(q) == level(k) with `markov`.
+    num_tokens: N, or one a level."""
+    level = torch.tensor([i for i, N in enumerate(per_level(num_tokens, num_levels, "num_tokens")) for _ in range(N)])
     return level[:, None] == level if markov else level[:, None] >= level
 
 def loss_weights(F):
@@ -244,8 +240,8 @@ def head_step_schedule(F, low=40, high=100):
 
 def per_level(value, F, name):
     """A setting of every level: one number for all, a sequence of F, or "paper" (head_steps 40 to 100, temperature 0.8 to 1) -> list of F.
-    Whole numbers of at least 1 for head_steps, finite numbers of at least 0 otherwise; ValueError for anything else."""
-    kind, least = (int, 1) if name == "head_steps" else ((int, float), 0)
+    Whole numbers of at least 1 for head_steps and patch_size, finite numbers of at least 0 otherwise; ValueError for anything else."""
+    kind, least = (int, 1) if name in ("head_steps", "patch_size") else ((int, float), 0)
     paper = {"head_steps": head_step_schedule(F), "temperature": [1 - 0.2 * (F - i) / max(F - 1, 1) for i in range(1, F + 1)]}.get(name)
     values = value.tolist() if hasattr(value, "tolist") else paper if isinstance(value, str) and value == "paper" else value
     values = list(values) if isinstance(values, (list, tuple)) else [values] * F
@@ -254,7 +250,6 @@ def per_level(value, F, name):
     return values
 
 # --- Transformer: z_i from x_0 .. x_i ---------------------------------------------------------------------------------
-
 def sincos_2d(G, W):
     """Position embeddings [G^2, W] of a G x G grid: sines and cosines of row and column at W/4 frequencies from 1 down to 1/100 a token."""
     angle = torch.arange(G)[:, None] * 100 ** (-torch.arange(W // 4) / (W // 4))  # [G, W / 4]
@@ -291,13 +286,16 @@ class Block(nn.Module):
         x = x + self.dropout(self.attention(self.norm1(x), mask, cache))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
+def by_size(sizes, layer):                                                      # tokens of one size D share layer(D), whatever their level
+    return nn.ModuleDict({str(D): layer(D) for D in sorted(set(sizes))})
+
 class Transformer(nn.Module):
     """Visible tokens of the levels -> conditions z (paper, causal attention over frequency levels).
     The sequence is [condition block of K tokens, level block, level block, ..]; every token also gets the mean condition."""
     def __init__(self, c):
         super().__init__()
-        self.c, self.input, self.level, self.norm = c, nn.Linear(c.token_dim, c.width), nn.Embedding(len(c.levels), c.width), nn.LayerNorm(c.width)
-        self.position = nn.Parameter(sincos_2d(math.isqrt(c.num_tokens), c.width))  # learned from there
+        self.c, self.input, self.level, self.norm = c, by_size(c.token_dim, lambda D: nn.Linear(D, c.width)), nn.Embedding(len(c.levels), c.width), nn.LayerNorm(c.width)
+        self.position = nn.Parameter(sincos_2d(math.isqrt(max(c.num_tokens)), c.width))  # of the finest grid, learned from there
         self.label = nn.Linear(c.cond_dim, c.width) if c.cond_dim else nn.Embedding(c.num_classes, c.width) if c.num_classes else None
         self.no_label = nn.Parameter(0.02 * torch.randn(c.cond_tokens if c.cond_dim else 1, c.width))
         self.cond_position = nn.Parameter(0.02 * torch.randn(c.cond_tokens, c.width)) if c.cond_tokens else None
@@ -310,35 +308,30 @@ class Transformer(nn.Module):
             self.register_buffer("attention_mask", mask, persistent=False)
         self.blocks = nn.ModuleList(Block(c.width, c.heads, c.dropout) for _ in range(c.depth))
 
-    def embed(self, tokens, level, cond):
-        """tokens [B, k, N, D], level int64 [B, k], cond [B, K or 1, W] -> [B, k, N, W]."""
-        x = self.input(tokens)
+    def embed(self, tokens, i, cond):
+        """Tokens of x_i [B, N, D], cond [B, K or 1, W] -> [B, N, W]."""
+        x = self.input[str(tokens.shape[2])](tokens)
         if self.training and self.c.mask != "none":                             # mask mechanism
-            share = masked_share(self.mask_bounds[level])[..., None]            # [B, k, 1]
-            rank = torch.rand(x.shape[:3], device=x.device).argsort(-1)
-            x = torch.where((rank < share * self.c.num_tokens)[..., None], self.mask_token.to(x.dtype), x)
-        return x + self.position + self.level(level)[:, :, None] + cond.mean(1)[:, None, None]
+            share = masked_share(self.mask_bounds[i].expand(len(x)))[:, None]   # [B, 1]
+            rank = torch.rand(x.shape[:2], device=x.device).argsort(-1)
+            x = torch.where((rank < share * x.shape[1])[..., None], self.mask_token.to(x.dtype), x)
+        grid = self.position.T.unflatten(1, 2 * [math.isqrt(len(self.position))])  # [W, G, G]
+        position = nn.functional.adaptive_avg_pool2d(grid, math.isqrt(x.shape[1])).flatten(1).T  # [N, W], the mean over each coarser token
+        return x + position + self.level.weight[i] + cond.mean(1, keepdim=True)
 
-    def forward(self, tokens, level, cond, cache=None):
-        """tokens [B, k, N, D] of levels int64 [B, k], cond [B, 1 or K, W] (FAR.condition) -> z [B, k, N, W].
-        Training: all levels in one pass (causal: k = F, in order). Sampling: one level a call (k = 1); causal attention then wants
-        `cache`, a list of one dict a block, empty before level 0, which gathers the keys and values of the earlier levels."""
-        x, K = self.embed(tokens, level, cond), self.c.cond_tokens
-        B, k, N, W = x.shape
-        cond = cond + self.cond_position if K else cond[:, :0]                  # [B, K, W]
-        if self.c.attention == "markov":                                        # B k independent sequences
-            x, cond, cache = x.flatten(0, 1), cond.repeat_interleave(k, 0), None
-        else:
-            x = x.flatten(1, 2)
-        first = not (cache and cache[0])                                        # the condition block comes with the first levels
-        h = torch.cat([cond, x], 1) if first else x
-        mask = self.attention_mask[:h.shape[1], :h.shape[1]] if first and self.c.attention == "causal" else None
+    def forward(self, blocks, first, cond, cache=None):
+        """blocks: tokens [B, N, D] of x_i, i = first, first + 1, ..; cond [B, 1 or K, W] (FAR.condition) -> list of z_i [B, N, W]. Training with causal attention:
+        all levels at once. Sampling, and markov: one level a call; causal attention then keeps keys and values in `cache`, a dict a block, empty at first."""
+        x, K = [self.embed(tokens, i, cond) for i, tokens in enumerate(blocks, first)], self.c.cond_tokens
+        lengths, cond = [block.shape[1] for block in x], cond + self.cond_position if K else cond[:, :0]  # cond [B, K, W]
+        start = not (cache and cache[0])                                        # the condition block comes with the first levels
+        h = torch.cat([cond, *x] if start else x, 1)
+        mask = self.attention_mask[:h.shape[1], :h.shape[1]] if start and self.c.attention == "causal" else None
         for n, block in enumerate(self.blocks):
             h = block(h, mask, cache[n] if cache else None)
-        return self.norm(h[:, -x.shape[1]:]).view(B, k, N, W)
+        return self.norm(h[:, -sum(lengths):]).split(lengths, 1)
 
 # --- Diffusion: a Gaussian path x_t = alpha_t x + sigma_t eps, t in [0, 1], and its samplers --------------------------
-
 class Path:
     """Noise schedule and prediction type. linear: alpha = 1 - t, sigma = t (flow matching); cosine: Nichol & Dhariwal 2021, the limit of
     many steps: alpha^2 = f(t)/f(0), f(t) = cos^2(pi/2 (t + 0.008)/1.008). The network predicts a x + b eps: for prediction "eps" the noise
@@ -395,7 +388,6 @@ class Path:
         return x
 
 # --- Diffusion head: p(tokens | z) ------------------------------------------------------------------------------------
-
 class HeadBlock(nn.Module):
     """AdaLN-Zero residual block (Peebles & Xie 2023), h [S, N, w], c [S, N or 1, w] -> [S, N, w]; `mixing` adds attention over the N
     tokens. DiffusionHead starts the modulation at zero, which makes the block the identity."""
@@ -417,44 +409,42 @@ class DiffusionHead(nn.Module):
     z, t and level; with `head_mixing` the tokens of a level also attend to each other and share one t."""
     def __init__(self, c):
         super().__init__()
-        w, self.mixing, self.draws = c.head_width, c.head_mixing, c.head_draws
-        self.path = Path(c.schedule, c.prediction)
-        self.input, self.condition, self.level = nn.Linear(c.token_dim, w), nn.Linear(c.width, w), nn.Embedding(len(c.levels), w)
-        self.label = nn.Linear(c.width, w) if c.head_mixing else None
+        w, self.mixing, self.draws, self.path = c.head_width, c.head_mixing, c.head_draws, Path(c.schedule, c.prediction)
+        self.input, self.output = by_size(c.token_dim, lambda D: nn.Linear(D, w)), by_size(c.token_dim, lambda D: nn.Linear(w, D))
+        self.condition, self.level, self.label = nn.Linear(c.width, w), nn.Embedding(len(c.levels), w), nn.Linear(c.width, w) if c.head_mixing else None
         self.time = nn.Sequential(nn.Linear(64, w), nn.SiLU(), nn.Linear(w, w))
         self.blocks = nn.ModuleList(HeadBlock(w, c.heads, c.head_mixing) for _ in range(c.head_depth))
-        self.norm, self.modulation, self.output = nn.LayerNorm(w, elementwise_affine=False), nn.Linear(w, 2 * w), nn.Linear(w, c.token_dim)
+        self.norm, self.modulation = nn.LayerNorm(w, elementwise_affine=False), nn.Linear(w, 2 * w)
         self.register_buffer("frequencies", 1000 * torch.exp(-math.log(10000) * torch.arange(32) / 32), persistent=False)
-        for layer in (self.modulation, self.output, *(block.modulation for block in self.blocks)):
+        for layer in (self.modulation, *self.output.values(), *(block.modulation for block in self.blocks)):
             nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
 
-    def project(self, z, level, cond):
-        """z [S, N, W], level int64 [S], label condition [S, 1 or K, W] -> (z [S, N, w], modulation [S, 1 or N, w]): once per level, not
+    def project(self, z, i, cond):
+        """z [S, N, W] of level i, label condition [S, 1 or K, W] -> (z [S, N, w], modulation [S, 1 or N, w]): once per level, not
         once per step. The z of a token steers that token; with mixing, the mean z and the label steer all."""
-        z, level = self.condition(z), self.level(level)[:, None]
+        z, level = self.condition(z), self.level.weight[i]
         return z, level + (z.mean(1, keepdim=True) + self.label(cond.mean(1, keepdim=True)) if self.mixing else z)
 
     def forward(self, x_t, t, projected):
         """Noisy tokens x_t [S, N, D], times t [S, 1] or [S, N], `project`'s answer -> prediction [S, N, D]."""
-        z, c = projected
+        (z, c), D = projected, str(x_t.shape[2])
         angle = t[..., None] * self.frequencies
         c = c + self.time(torch.cat([angle.cos(), angle.sin()], -1))            # [S, 1 or N, w]
-        h = self.input(x_t) + z
+        h = self.input[D](x_t) + z
         for block in self.blocks:
             h = block(h, c)
         shift, scale = self.modulation(nn.functional.silu(c)).chunk(2, -1)
-        return self.output(self.norm(h) * (1 + scale) + shift).float()
+        return self.output[D](self.norm(h) * (1 + scale) + shift).float()
 
-    def loss(self, target, *conditions):
-        """target [S, N, D], conditions as in `project` -> mean squared error of the prediction, [S], over `head_draws` draws of (t, eps)."""
-        projected = [a.repeat_interleave(self.draws, 0) for a in self.project(*conditions)]
-        x = target.repeat_interleave(self.draws, 0)                             # [S draws, N, D]
-        t = self.path.draw_t(len(x), 1 if self.mixing else x.shape[1], device=x.device)
-        x_t, want = self.path.noise(x, torch.randn_like(x), t[..., None])
-        return (self(x_t, t, projected) - want).square().mean((1, 2)).view(-1, self.draws).mean(1)
+    def loss(self, target, noise, z, i, cond, band=lambda error: error):
+        """target [S, N, D], standard normal noise [S draws, N, D], conditions as in `project` -> mean squared error of the prediction, [S], over
+        `head_draws` draws of (t, noise). Where targets lie in a part of the space only, `band` projects the error there."""
+        projected = [a.repeat_interleave(self.draws, 0) for a in self.project(z, i, cond)]
+        t = self.path.draw_t(len(noise), 1 if self.mixing else noise.shape[1], device=noise.device)
+        x_t, want = self.path.noise(target.repeat_interleave(self.draws, 0), noise, t[..., None])
+        return band(self(x_t, t, projected) - want).square().mean((1, 2)).view(-1, self.draws).mean(1)
 
 # --- FAR: the loss and the generation loop ----------------------------------------------------------------------------
-
 def couple_noise(noise, shared, side, rho):
     """sqrt(rho) shared[cell] + sqrt(1 - rho) noise: tokens of one cell correlate by rho, each keeps variance 1. noise [B, N, D] and
     shared [B, side^2, D] are independent standard normal; the G x G token grid falls into side x side cells, side < G."""
@@ -469,7 +459,8 @@ class FAR(nn.Module):
         super().__init__()
         self.config = config
         self.transformer, self.head = Transformer(config), DiffusionHead(config)
-        self.register_buffer("residual_scale", torch.ones(len(config.levels)))   # deviation of x_{i+1} - x_i, target residual
+        for name in ("data_scale", "noise_scale"):                              # units of what each level draws and of its noise, see set_scales
+            self.register_buffer(name, torch.ones(len(config.levels)))
         self.register_buffer("weights", loss_weights(len(config.levels)), persistent=False)
 
     def project(self, x, i):
@@ -481,12 +472,12 @@ class FAR(nn.Module):
         c, size = self.config, [self.config.channels, self.config.image_size, self.config.image_size]
         check(torch.is_tensor(images) and images.dtype in (torch.float32, torch.uint8) and list(images.shape[1:]) == size and len(images) > 0,
               f"images are {describe(images)}; allowed: float32 of about [-1, 1] or uint8 [0, 255], of shape [B, {c.channels}, {c.image_size}, {c.image_size}]")
-        images = images.to(self.residual_scale.device)
+        images = images.to(self.data_scale.device)
         return images / 127.5 - 1 if images.dtype == torch.uint8 else images
 
     def condition(self, labels, B, dropout=0.0):
         """Labels, or None for B images without label -> [B, 1 or K, W] for the transformer; a share `dropout` loses its label."""
-        c, device, no_label = self.config, self.residual_scale.device, self.transformer.no_label
+        c, device, no_label = self.config, self.data_scale.device, self.transformer.no_label
         if labels is None:
             return no_label.expand(B, -1, -1)
         check(c.num_classes or c.cond_dim, "this model has no classes; give no labels")
@@ -498,60 +489,71 @@ class FAR(nn.Module):
         label = self.transformer.label(labels.to(device).float()) if c.cond_dim else self.transformer.label(labels.to(device))[:, None]
         return torch.where((torch.rand if dropout else torch.ones)(B, 1, 1, device=device) < dropout, no_label, label)  # no dropout: no random numbers
 
-    def losses(self, images, labels, level=None):
-        """Diffusion loss of each image at its levels, [B, k]: level int64 [B, k] with i for the step x_i -> x_{i+1}, by default all F."""
-        c, x = self.config, self.as_images(images)
-        B, device = len(x), x.device
-        level = torch.arange(len(c.levels), device=device).expand(B, -1) if level is None else level.to(device)
-        k = level.shape[1]
-        cond = self.condition(labels, B, c.label_dropout if self.training else 0.0)
-        visible = torch.stack([patchify(self.project(x, i), c.patch_size) for i in range(len(c.levels) + 1)], 1)  # [B, F + 1, N, D]
-        row = torch.arange(B, device=device)[:, None]
-        target = visible[:, -1:].expand(-1, k, -1, -1) if c.target == "full" else visible[row, level + 1]
-        if c.target == "residual":
-            target = (target - visible[row, level]) / self.residual_scale[level][..., None, None]
-        z = self.transformer(visible[row, level], level, cond)                  # [B, k, N, W]
-        return self.head.loss(target.flatten(0, 1), z.flatten(0, 1), level.flatten(), cond.repeat_interleave(k, 0)).view(B, k)
+    def band(self, tokens, i):
+        """The part of an image that level i draws, tokens [B, N, D] -> [B, N, D]: all of it (target full), P_{i+1} x (next) or P_{i+1} x - P_i x
+        (residual). Noise and predictions are cut down to it too, so that the head has nothing to learn outside."""
+        c, p = self.config, self.config.patch_sizes[i]
+        if c.target == "full":
+            return tokens
+        x = unpatchify(tokens, p, c.channels)
+        return patchify(self.project(x, i + 1) - (self.project(x, i) if c.target == "residual" else 0), p)
+
+    @torch.no_grad()
+    def set_scales(self, images):
+        """Measures on images the units of each level, [F]: the deviation of its noise, and, for target "residual", of x_{i+1} - x_i."""
+        x = self.as_images(images)
+        for i, p in enumerate(self.config.patch_sizes):
+            self.noise_scale[i] = self.band(patchify(torch.randn_like(x), p), i).std()
+            if self.config.target == "residual":
+                self.data_scale[i] = self.band(patchify(x, p), i).std().clamp(min=1e-6)
+
+    def losses(self, images, labels, k):
+        """Diffusion losses of the steps x_i -> x_{i+1}, i = 0 .. F-1: a list of [b]. Each image trains k levels, every level the same share of the images,
+        and at least one; with causal attention all train all."""
+        c, F, images = self.config, len(self.config.levels), self.as_images(images)
+        B, causal, cond = len(images), c.attention == "causal", self.condition(labels, len(images), c.label_dropout if self.training else 0.0)
+        k = F if causal else max(k, -(-F // B))
+        order = torch.rand(B, device=images.device).argsort().repeat(k)         # its F equal parts: which images train which level
+        visible = lambda rows, i: patchify(self.project(images[rows], i), c.patch_sizes[i])
+        together = self.transformer([visible(order[:B], i) for i in range(F)], 0, cond[order[:B]]) if causal else None
+        losses = []
+        for i in range(F):
+            rows = order[i * k * B // F:(i + 1) * k * B // F]                   # [b]
+            z = together[i] if causal else self.transformer([visible(rows, i)], i, cond[rows])[0]
+            target = self.band(patchify(images[rows], c.patch_sizes[i]), i) / self.data_scale[i]
+            noise = self.band(torch.randn_like(target.repeat_interleave(c.head_draws, 0)), i) / self.noise_scale[i]
+            losses.append(self.head.loss(target, noise, z, i, cond[rows], functools.partial(self.band, i=i)))
+        return losses
 
     def forward(self, images, labels=None):
         """Training loss, a scalar: the mean over images and levels of w_i times the diffusion loss; w_i = 1 without loss_weighting."""
-        c, level = self.config, None                                            # None: all
-        if c.levels_per_image and c.attention == "markov":
-            level = torch.rand(len(images), len(c.levels), device=self.weights.device).argsort(1)[:, :c.levels_per_image]  # [B, k]
-        losses = self.losses(images, labels, level)
-        return (losses * (self.weights if level is None else self.weights[level])).mean() if c.loss_weighting else losses.mean()
+        losses = self.losses(images, labels, self.config.levels_per_image or len(self.config.levels))
+        return torch.cat([w * loss for w, loss in zip(self.weights, losses)] if self.config.loss_weighting else losses).mean()
 
     def level_losses(self, images, labels=None):
         """Unweighted loss of each level, [F], the mean over images: entry i for the step x_i -> x_{i+1}."""
-        return self.losses(images, labels).mean(0)
-
-    @torch.no_grad()
-    def set_residual_scale(self, images):
-        """Measures the deviation of x_{i+1} - x_i on images, [F]: the unit in which target "residual" is learned."""
-        x = [self.project(self.as_images(images), i) for i in range(len(self.config.levels) + 1)]
-        self.residual_scale.copy_(torch.stack([(b - a).std() for a, b in zip(x, x[1:])]).clamp(min=1e-6))
+        return torch.stack([loss.mean() for loss in self.losses(images, labels, len(self.config.levels))])
 
     @torch.no_grad()
     def average(self, model, decay):
         """Moving average of weights: self becomes decay self + (1 - decay) model. Training keeps one, and samples are drawn from it."""
         torch._foreach_lerp_(list(self.parameters()), list(model.parameters()), 1 - decay)
 
-    def guided(self, z, level, cond, guidance):
-        """What a level's sampler integrates: a function of tokens x_t [B, N, D] and time t, the head's prediction u + g (p - u), g = guidance. z [S, N, W],
-        level [S], cond [S, 1 or K, W] hold the labelled half, S = B, and where g is not 1 the unlabelled half after it, S = 2 B; both see the same x_t."""
-        projected = self.head.project(z, level, cond)
+    def guided(self, z, i, cond, guidance):
+        """What the sampler of level i integrates: a function of tokens x_t [B, N, D] and time t, the head's prediction u + g (p - u), g = guidance. z [S, N, W]
+        and cond [S, 1 or K, W] hold the labelled half, S = B, and where g is not 1 the unlabelled half after it, S = 2 B; both see the same x_t."""
+        projected = self.head.project(z, i, cond)
         def network(x_t, t):
             both = x_t.repeat(len(z) // len(x_t), 1, 1)
             p, *u = self.head(both, torch.full((len(z), 1), float(t), device=z.device), projected).split(len(x_t))
-            return u[0] + guidance * (p - u[0]) if u else p
+            return self.band(u[0] + guidance * (p - u[0]) if u else p, i)
         return network
 
     @torch.no_grad()
     def sample(self, labels, *, known=None, generator=None, return_levels=False, **settings):
         """Draws images level by level: z_i from the transformer, xhat from the head, x_{i+1} by the step rule.
         labels: int64 [B] or float [B, K, cond_dim]; or an int n for n images without label.
-        known: (x, i) starts from what images x [B or 1, C, H, H], as in training, show at level i < F: super-resolution, variations.
-        generator: a torch.Generator, or a list of B of them, one an image, for images that do not depend on the batch they are drawn in.
+        known: (x, i) starts from what images x [B or 1, C, H, H] show at level i < F. generator: a torch.Generator, or a list of one an image.
         settings (the config's by default): guidance g >= 0: the head's prediction is u + g_i (p - u), p with and u without label; guidance_schedule
         "linear": g_i = 1 + (g - 1) i/F for i = 0 .. F-1 (none at the first level), "constant": g_i = g. head_steps: int, one a level, or "paper" (40 to
         100). solver: ddpm, ddim or dpmpp_2m (see Path.sample). temperature: factor on the head's noise, one a level, or "paper" (0.8 to 1). step_rule:
@@ -559,7 +561,7 @@ class FAR(nn.Module):
         a level: see couple_noise; the token grid falls into k x k cells, k = round(keep_{i+1} H), but where k reaches the grid's side nothing is coupled.
         Returns [B, C, H, H] in about [-1, 1]; with return_levels [B, F, C, H, H], x_1 .. x_F. ValueError on impossible arguments."""
         check(set(settings) <= set(SAMPLING), f"settings are {', '.join(settings)}; allowed: {', '.join(SAMPLING)}")
-        c, device, levels = replace(self.config, **settings), self.residual_scale.device, len(self.config.levels)
+        c, device, levels = replace(self.config, **settings), self.data_scale.device, len(self.config.levels)
         steps, temperature, coupling = (per_level(getattr(c, name), levels, name) for name in ("head_steps", "temperature", "coupling"))
         check(type(labels) is int and labels > 0 or torch.is_tensor(labels) and labels.ndim > 0 and len(labels) > 0,
               f"labels are {labels!r}; allowed: a tensor for at least one image, or a number of images of at least one")
@@ -575,24 +577,21 @@ class FAR(nn.Module):
         copies = 2 if any(g != 1 for g in guide) else 1                         # labelled half, then unlabelled half
         cond = torch.cat([self.condition(given, B), self.condition(None, B)][:copies])
         x, outputs = torch.zeros(B, c.channels, c.image_size, c.image_size, device=device), []
-        cache, training = [{} for _ in self.transformer.blocks], self.training
+        cache, training = [{} for _ in self.transformer.blocks] if c.attention == "causal" else None, self.training
         self.eval()
         try:
-            for i in range(levels):
-                level = torch.full((copies * B,), i, device=device)
-                z = self.transformer(patchify(x, c.patch_size).repeat(copies, 1, 1)[:, None], level[:, None], cond, cache)[:, 0]
+            for i, p in enumerate(c.patch_sizes):
+                z = self.transformer([patchify(x, p).repeat(copies, 1, 1)], i, cond, cache)[0]
                 if i < start:
                     x = self.project(self.as_images(image), i + 1).expand(B, -1, -1, -1)
                 else:
-                    noise, side = draw(c.num_tokens, c.token_dim), max(1, round(c.levels[i] * c.image_size))
-                    if coupling[i] and side < c.image_size // c.patch_size:
-                        noise = couple_noise(noise, draw(side ** 2, c.token_dim), side, coupling[i])
+                    white, side = draw(c.num_tokens[i], c.token_dim[i]), max(1, round(c.levels[i] * c.image_size))
+                    if coupling[i] and side < c.image_size // p:
+                        white = couple_noise(white, draw(side ** 2, c.token_dim[i]), side, coupling[i])
                     S = 2 * B if guide[i] != 1 else B                           # no second half in the head where guidance is 1
-                    network = self.guided(z[:S], level[:S], cond[:S], guide[i])
-                    tokens = self.head.path.sample(network, noise, steps[i], c.solver, temperature[i], lambda x: draw(*x.shape[1:]))
-                    xhat = unpatchify(tokens, c.patch_size, c.channels)
-                    if c.target == "residual":
-                        xhat = x + self.residual_scale[i] * xhat
+                    network, noise = self.guided(z[:S], i, cond[:S], guide[i]), lambda white: self.band(white, i) / self.noise_scale[i]
+                    tokens = self.head.path.sample(network, noise(white), steps[i], c.solver, temperature[i], lambda x: noise(draw(*x.shape[1:])))
+                    xhat = self.data_scale[i] * unpatchify(tokens, p, c.channels) + (x if c.target == "residual" else 0)
                     x = self.project(xhat, i + 1) + (x - self.project(xhat, i) if c.step_rule == "locked" else 0)
                 outputs.append(x)
         finally:

@@ -62,7 +62,6 @@ def use_device(name):
         torch.zeros(1, device=device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")                              # TF32
     return device
 
 def count_flops(function):
@@ -118,7 +117,7 @@ def draw_images(model, labels, seed=0, batch=250, progress=True, bf16=False, **s
     for start in tqdm(range(0, n, batch), unit="batch", desc="sample", disable=not progress):
         stop = min(start + batch, n)
         generators = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(start, stop)]
-        with torch.autocast(model.residual_scale.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(model.data_scale.device.type, torch.bfloat16, enabled=bf16):
             images = model.sample(stop - start if isinstance(labels, int) else labels[start:stop], generator=generators, **settings).cpu()
         yield start, images                                                     # outside of autocast, which would last in the caller
 
@@ -154,7 +153,7 @@ def numbers(kind, alone=True):
 def add_settings(group, names, config=None):
     """Adds a flag for each of the FARConfig fields `names`, without a default; its help shows the value in `config`."""
     for f in fields(FARConfig):
-        kind = {"levels": numbers(float, alone=False), "temperature": numbers(float), "coupling": numbers(float), "head_steps": numbers(int)}.get(f.name, f.type)
+        kind = {"levels": numbers(float, alone=False), "head_steps": numbers(int), "patch_size": numbers(int)}.get(f.name, numbers(float) if f.type is object else f.type)
         options = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices=CHOICES.get(f.name))
         if f.name in names:
             group.add_argument("--" + f.name.replace("_", "-"), help=f"default: {getattr(config, f.name) if config else 'as in the checkpoint'}", **options)

@@ -26,7 +26,7 @@ from sample import add_settings, count_flops, list_folder, load_checkpoint, load
 
 DATA = {  # data set -> default preset and training settings
     "digits": dict(preset="digits", batch=64, lr=3e-3, ema=0.999, max_minutes=2.0),
-    **dict.fromkeys(("cifar10", "folder"), dict(preset="cifar", batch=128, lr=1e-3, ema=0.999, steps=5000)),
+    **dict.fromkeys(("cifar10", "folder"), dict(preset="cifar", batch=128, lr=1e-3, ema=0.999, steps=2500)),
     "imagenet64": dict(preset="imagenet64", batch=256, lr=4e-4, ema=0.9999, max_minutes=2880.0),
     "latents": dict(preset="far_b", batch=2048, lr=8e-4, ema=0.9999, max_minutes=2880.0),
 }
@@ -191,7 +191,7 @@ def train(args, config, images, labels, info):
     device, ckpt, rank, world = args.device, os.path.join(args.out, "ckpt.pt"), dist.get_rank(), dist.get_world_size()
     torch.manual_seed(args.seed)                                                # the same first weights on every rank
     model = FAR(config).to(device)
-    model.set_residual_scale(make_batch(images, torch.linspace(0, len(images) - 1, min(2000, len(images))).long(), device, False, info.get("scale")))
+    model.set_scales(make_batch(images, torch.linspace(0, len(images) - 1, min(2000, len(images))).long(), device, False, info.get("scale")))
     ema, optimizer = copy.deepcopy(model).eval().requires_grad_(False), make_optimizer(model, args.lr, args.weight_decay)
     state = dict(step=0, seconds=0.0, log=[], latents={name: info[name] for name in ("vae", "scale") if name in info})
     if args.resume:
@@ -200,8 +200,8 @@ def train(args, config, images, labels, info):
         optimizer.load_state_dict(state.pop("optimizer"))
         optimizer.param_groups[0]["weight_decay"] = args.weight_decay
     state["settings"] = {name: getattr(args, name) for name in KEPT}
-    one = make_batch(images, torch.zeros(1).long(), device, False, info.get("scale")), labels[:1].to(device) if config.num_classes else None
-    share = 3 * count_flops(torch.no_grad()(lambda: model(*one))) / world / matmul_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
+    few = make_batch(images, torch.zeros(len(config.levels)).long(), device, False, info.get("scale")), labels[:1].expand(len(config.levels)).to(device) if config.num_classes else None
+    share = 3 * count_flops(torch.no_grad()(lambda: model(*few))) / len(config.levels) / world / matmul_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
     if args.checkpoint_activations:
         for block in (*model.transformer.blocks, *model.head.blocks):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
