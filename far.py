@@ -180,17 +180,15 @@ class FARConfig:
         check(self.levels_per_image <= len(self.levels), f"levels_per_image is {self.levels_per_image}, more than the {len(self.levels)} levels")
         check(self.cond_dim == 0 or self.cond_tokens > 0, "cond_dim needs cond_tokens, the number of embeddings a sample")
         check(isinstance(self.guidance, (int, float)) and 0 <= self.guidance < math.inf, f"guidance is {self.guidance!r}; it must be a number of at least 0")
-        for name in ("head_steps", "temperature", "coupling"):
-            values = per_level(getattr(self, name), len(self.levels), name)
-        check(max(values) <= 1, f"coupling is {self.coupling}; it must lie in [0, 1]")
+        *_, coupling = [per_level(getattr(self, name), len(self.levels), name) for name in ("head_steps", "temperature", "coupling")]
+        check(max(coupling) <= 1, f"coupling is {self.coupling}; it must lie in [0, 1]")
         self.num_tokens, self.token_dim = [(self.image_size // p) ** 2 for p in self.patch_sizes], [self.channels * p ** 2 for p in self.patch_sizes]  # N, D
 
     @classmethod
     def preset(cls, name, paper=False, **overrides):
         """A configuration of PRESETS; `paper` takes the paper's choices (PAPER, and the finest patch at all levels) but for the ordering; overrides win."""
         check(name in PRESETS, f"preset is {name!r}; allowed: {', '.join(PRESETS)}")
-        patch = dict(patch_size=min(cls.from_dict(PRESETS[name]).patch_sizes))
-        return cls.from_dict({**PRESETS[name], **(PAPER | patch if paper else {}), **overrides})
+        return cls.from_dict({**PRESETS[name], **(dict(PAPER, patch_size=min(cls.from_dict(PRESETS[name]).patch_sizes)) if paper else {}), **overrides})
 
     to_dict = asdict
 
@@ -461,7 +459,6 @@ class FAR(nn.Module):
         self.transformer, self.head = Transformer(config), DiffusionHead(config)
         for name in ("data_scale", "noise_scale"):                              # units of what each level draws and of its noise, see set_scales
             self.register_buffer(name, torch.ones(len(config.levels)))
-        self.register_buffer("weights", loss_weights(len(config.levels)), persistent=False)
 
     def project(self, x, i):
         """x_i = P_i x: x [B, C, H, H] seen at level i = 0 .. F, in float32."""
@@ -528,7 +525,7 @@ class FAR(nn.Module):
     def forward(self, images, labels=None):
         """Training loss, a scalar: the mean over images and levels of w_i times the diffusion loss; w_i = 1 without loss_weighting."""
         losses = self.losses(images, labels, self.config.levels_per_image or len(self.config.levels))
-        return torch.cat([w * loss for w, loss in zip(self.weights, losses)] if self.config.loss_weighting else losses).mean()
+        return torch.cat([w * loss for w, loss in zip(loss_weights(len(losses)).tolist(), losses)] if self.config.loss_weighting else losses).mean()
 
     def level_losses(self, images, labels=None):
         """Unweighted loss of each level, [F], the mean over images: entry i for the step x_i -> x_{i+1}."""
@@ -550,27 +547,29 @@ class FAR(nn.Module):
         return network
 
     @torch.no_grad()
-    def sample(self, labels, *, known=None, generator=None, return_levels=False, **settings):
+    def sample(self, labels, *, known=None, stops=None, generator=None, return_levels=False, **settings):
         """Draws images level by level: z_i from the transformer, xhat from the head, x_{i+1} by the step rule.
         labels: int64 [B] or float [B, K, cond_dim]; or an int n for n images without label.
         known: (x, i) starts from what images x [B or 1, C, H, H] show at level i < F. generator: a torch.Generator, or a list of one an image.
+        stops: fewer steps with the same model, for target full, where the head can draw any level next: those of the config's levels that are drawn, 1 at the end.
         settings (the config's by default): guidance g >= 0: the head's prediction is u + g_i (p - u), p with and u without label; guidance_schedule
         "linear": g_i = 1 + (g - 1) i/F for i = 0 .. F-1 (none at the first level), "constant": g_i = g. head_steps: int, one a level, or "paper" (40 to
         100). solver: ddpm, ddim or dpmpp_2m (see Path.sample). temperature: factor on the head's noise, one a level, or "paper" (0.8 to 1). step_rule:
         "paper" x_{i+1} = P_{i+1} xhat, or "locked" x_{i+1} = x_i + P_{i+1} xhat - P_i xhat, which keeps what was known. coupling: rho in [0, 1], or one
         a level: see couple_noise; the token grid falls into k x k cells, k = round(keep_{i+1} H), but where k reaches the grid's side nothing is coupled.
-        Returns [B, C, H, H] in about [-1, 1]; with return_levels [B, F, C, H, H], x_1 .. x_F. ValueError on impossible arguments."""
+        Returns [B, C, H, H] in about [-1, 1]; with return_levels [B, F, C, H, H], x_1 .. x_F (or the stops). ValueError on impossible arguments."""
         check(set(settings) <= set(SAMPLING), f"settings are {', '.join(settings)}; allowed: {', '.join(SAMPLING)}")
         c, device, levels = replace(self.config, **settings), self.data_scale.device, len(self.config.levels)
         steps, temperature, coupling = (per_level(getattr(c, name), levels, name) for name in ("head_steps", "temperature", "coupling"))
-        check(type(labels) is int and labels > 0 or torch.is_tensor(labels) and labels.ndim > 0 and len(labels) > 0,
-              f"labels are {labels!r}; allowed: a tensor for at least one image, or a number of images of at least one")
+        check(type(labels) is int and labels > 0 or torch.is_tensor(labels) and labels.ndim and len(labels), f"labels are {labels!r}; allowed: a tensor for one image or more, or their number")
         B, given = (labels, None) if type(labels) is int else (len(labels), labels.cpu())
+        stops = c.levels if stops is None else stops if isinstance(stops, (list, tuple)) and c.target == "full" else ()
+        states = [i for i, keep in enumerate((0, *c.levels)) if keep in (0, *stops)]  # the x_i on the way
+        check(len(states) == len(stops) + 1 and 1 in stops, f"stops must be some of the levels {c.levels}, 1 among them; the target of the model must be full")
         image, start = (None, 0) if known is None else known if isinstance(known, tuple) and len(known) == 2 else (None, -1)
-        check(known is None or start in range(levels) and len(self.as_images(image)) in (1, B), f"known must be (1 or {B} images, a level of 0 .. {levels - 1})")
+        check(known is None or start in states[:-1] and len(self.as_images(image)) in (1, B), f"known must be (1 or {B} images, a level of {states[:-1]})")
         generators = generator if isinstance(generator, (list, tuple)) else [generator]
-        check(len(generators) == (B if generators is generator else 1) and all(g is None or isinstance(g, torch.Generator) for g in generators),
-              f"generator is {generator!r}; allowed: a torch.Generator, or a list of one for each of {B} images")
+        check(len(generators) in (1, B) and all(isinstance(g, torch.Generator | None) for g in generators), f"generator must be a torch.Generator, or a list of one for each of {B} images")
         def draw(*shape):                                                       # standard normal [B, *shape]
             return torch.cat([torch.randn(B // len(generators), *shape, generator=g, device=g.device if g else device) for g in generators]).to(device)
         guide = [1.0 if given is None else 1 + (c.guidance - 1) * i / levels if c.guidance_schedule == "linear" else c.guidance for i in range(levels)]
@@ -580,19 +579,20 @@ class FAR(nn.Module):
         cache, training = [{} for _ in self.transformer.blocks] if c.attention == "causal" else None, self.training
         self.eval()
         try:
-            for i, p in enumerate(c.patch_sizes):
+            for i, j in zip(states, states[1:]):                                # from x_i to x_j; j = i + 1 without stops
+                p = c.patch_sizes[i]
                 z = self.transformer([patchify(x, p).repeat(copies, 1, 1)], i, cond, cache)[0]
                 if i < start:
-                    x = self.project(self.as_images(image), i + 1).expand(B, -1, -1, -1)
+                    x = self.project(self.as_images(image), j).expand(B, -1, -1, -1)
                 else:
-                    white, side = draw(c.num_tokens[i], c.token_dim[i]), max(1, round(c.levels[i] * c.image_size))
+                    white, side = draw(c.num_tokens[i], c.token_dim[i]), max(1, round(c.levels[j - 1] * c.image_size))
                     if coupling[i] and side < c.image_size // p:
                         white = couple_noise(white, draw(side ** 2, c.token_dim[i]), side, coupling[i])
                     S = 2 * B if guide[i] != 1 else B                           # no second half in the head where guidance is 1
                     network, noise = self.guided(z[:S], i, cond[:S], guide[i]), lambda white: self.band(white, i) / self.noise_scale[i]
                     tokens = self.head.path.sample(network, noise(white), steps[i], c.solver, temperature[i], lambda x: noise(draw(*x.shape[1:])))
                     xhat = self.data_scale[i] * unpatchify(tokens, p, c.channels) + (x if c.target == "residual" else 0)
-                    x = self.project(xhat, i + 1) + (x - self.project(xhat, i) if c.step_rule == "locked" else 0)
+                    x = self.project(xhat, j) + (x - self.project(xhat, i) if c.step_rule == "locked" else 0)
                 outputs.append(x)
         finally:
             self.train(training)

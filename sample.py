@@ -88,8 +88,7 @@ def read_image(path, size, channels=3):
             image = image.convert(mode)
     except Exception:                                                           # a damaged picture can raise anything
         return None
-    if image.size != (size, size):
-        image = torchvision.transforms.functional.center_crop(image, min(image.size)).resize((size, size), Image.Resampling.LANCZOS)
+    image = torchvision.transforms.functional.center_crop(image, min(image.size)).resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 def list_folder(path, option):
@@ -173,6 +172,7 @@ def main(argv=None):
     p.add_argument("--png", help="write every image as a PNG into this folder")
     p.add_argument("--from", dest="image", metavar="IMAGE", help="draw variations of a picture: what it shows at --keep stays (unless --step-rule paper)")
     p.add_argument("--keep", type=float, help="with --from: the share of the picture's bandwidth that stays, one of the model's levels")
+    p.add_argument("--stops", type=numbers(float, alone=False), help="fewer steps: draw these levels of the model alone, such as 0.25,1 (for target full)")
     p.add_argument("--ordering", help="file.py:function, for a model that was trained with it")
     add_settings(p.add_argument_group("sampling, see FAR.sample"), SAMPLING)
     p.add_argument("--paper", action="store_true", help="--solver ddpm --head-steps paper --temperature paper, unless given")
@@ -203,6 +203,7 @@ def main(argv=None):
         check(picture is not None, f"--from {args.image} cannot be read as a picture, or the model is one of latents")
         check(args.keep in keeps, f"--keep {args.keep} is no level of this model; allowed: {', '.join(map(str, keeps))}")
         settings = dict(step_rule="locked") | settings | dict(known=(torch.tensor(picture)[None], keeps.index(args.keep)))
+    settings, stops = settings | dict(stops=args.stops), [keep for keep in c.levels if not args.stops or keep in args.stops]
     arrays = np.load(args.real).values() if args.real and zipfile.is_zipfile(args.real) else []
     real, kept = sorted((torch.from_numpy(x) for x in arrays if isinstance(x, np.ndarray) and x.dtype.kind in "iu"), key=torch.Tensor.dim, reverse=True), []
     check(not args.real or [x.shape[1:] for x in real] == [(c.image_size, c.image_size, c.channels), ()] and len(real[0]) == len(real[1]) > 5 and real[0].dtype == torch.uint8
@@ -227,7 +228,7 @@ def main(argv=None):
             rows += [pictures(levels[i - start])] if i in strip else []
     seconds = time.perf_counter() - begin
     written = [save_grid(torch.stack(grid), os.path.join(args.out, "samples.png"), min(len(grid), 10 if len(grid) <= 100 else 20))]
-    written += [save_grid(torch.cat(rows), os.path.join(args.out, "levels.png"), len(c.levels))] if rows else []
+    written += [save_grid(torch.cat(rows), os.path.join(args.out, "levels.png"), len(stops))] if rows else []
     if args.npz:                                                                # named arr_0 and arr_1; there once it is whole
         with open(args.npz + ".part", "wb") as f:
             np.savez(f, stored, *([labels] if torch.is_tensor(labels) else []))
@@ -236,8 +237,8 @@ def main(argv=None):
     if real:
         drawn, data = torch.cat(kept), real[0].permute(0, 3, 1, 2).float() / 127.5 - 1
         scores = score(to_uint8(drawn[:, -1]).permute(0, 2, 3, 1), labels, *real)
-        for i in range(len(c.levels)):                                          # deviation of x_i over the samples, in units of the data's
-            scores[f"deviation_{i + 1}"] = (drawn[:, i].std(0).mean() / model.project(data, i + 1).std(0).mean()).item()
+        for n, i in enumerate(map((0, *c.levels).index, stops)):                # deviation of x_i over the samples, in units of the data's
+            scores[f"deviation_{i}"] = (drawn[:, n].std(0).mean() / model.project(data, i).std(0).mean()).item()
         print(*(f"{name} {value:.3f}" for name, value in scores.items()))
         return scores
 

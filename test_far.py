@@ -601,6 +601,18 @@ def test_sampling_from_a_known_level(settings):
     assert torch.allclose(far.dct(drawn[:, 2], 0.5), drawn[:, 1], atol=1e-4) and drawn[:, 2].std(0).min() > 0.01
 
 
+@pytest.mark.parametrize("settings", [{}, CAUSAL])
+@pytest.mark.parametrize("stops", [(0.5, 1.0), (0.25, 1.0), (1.0,)])
+def test_stops_leave_levels_out(settings, stops):
+    """As a model that has these levels alone and, for each, the level embedding of the one with all three."""
+    model, part, labels = tiny(**settings), tiny(**settings, levels=stops), torch.tensor([1, 2, 3])
+    rows, weights = [0, *((0.25, 0.5, 1.0).index(keep) + 1 for keep in stops[:-1])], model.state_dict()
+    part.load_state_dict({name: value[rows] if name.endswith(("level.weight", "_scale")) else value for name, value in weights.items()})
+    draw = lambda model, **kw: model.sample(labels, guidance=2.0, guidance_schedule="constant", generator=seeded(), return_levels=True, **kw)
+    assert torch.allclose(draw(model, stops=stops), draw(part), atol=1e-5) and draw(part).shape[1] == len(stops)
+    assert torch.equal(draw(model, stops=(0.25, 0.5, 1)), draw(model)) and not torch.allclose(draw(model)[:, -1], draw(part)[:, -1], atol=0.01)
+
+
 def test_guidance_extrapolates_from_unlabelled_to_labelled():
     """One level, one head step, first order: the image is linear in the prediction, so x(g) = u + g (x(1) - u)."""
     model = tiny(levels=(1.0,), head_steps=1, solver="ddim")
@@ -732,16 +744,22 @@ def test_wrong_inputs(images, labels, words):
 
 
 @pytest.mark.parametrize("labels, settings, words", [
-    (torch.tensor([10]), {}, "0 .. 9"), (torch.tensor([0.5]), {}, "int64"), (0, {}, "at least one"), (2, dict(head_steps=0), "at least 1"), (2, dict(head_steps=[1]), "levels"),
+    (torch.tensor([10]), {}, "0 .. 9"), (torch.tensor([0.5]), {}, "int64"), (0, {}, "one image or more"), (2, dict(head_steps=0), "at least 1"), (2, dict(head_steps=[1]), "levels"),
     (2, dict(solver="euler"), "ddim"), (2, dict(step_rule="free"), "locked"), (2, dict(guidance_schedule="cosine"), "constant"), (2, dict(guidance=-1.0), "at least 0"),
-    (2, dict(temperature=[1.0]), "levels"), (2, dict(temperature=-1.0), "at least 0"), (2, dict(coupling=1.5), r"\[0, 1\]"), (2, dict(generator=[seeded()]), "2 images"),
+    (2, dict(temperature=[1.0]), "levels"), (2, dict(temperature=-1.0), "at least 0"), (2, dict(coupling=1.5), r"\[0, 1\]"), (2, dict(generator=[seeded()] * 3), "2 images"),
     (2, dict(coupling="paper"), "coupling is 'paper'"), (2, dict(guidance=math.inf), "guidance is inf"), (2, dict(guidance="2"), "must be a number"), (True, {}, "labels are True"),
     (2, dict(temperature=math.inf), "temperature is inf"), (2, dict(generator=5), "torch.Generator"), (2, dict(steps=5), "head_steps"), (2, dict(width=5), "head_steps"),
-    (2, dict(known=(torch.zeros(3, 1, 8, 8), 1)), "1 or 2 images"), (2, dict(known=(torch.zeros(2, 1, 8, 8), 3)), "0 .. 2"), (2, dict(known=(torch.zeros(2, 1, 9, 9), 1)), "shape"),
+    (2, dict(known=(torch.zeros(3, 1, 8, 8), 1)), "1 or 2 images"), (2, dict(known=(torch.zeros(2, 1, 8, 8), 3)), r"\[0, 1, 2\]"), (2, dict(known=(torch.zeros(2, 1, 9, 9), 1)), "shape"),
+    *((2, dict(stops=stops), "stops must be") for stops in ((0.5,), (0.3, 1.0), (), 1.0)), (2, dict(stops=(0.5, 1.0), known=(torch.zeros(1, 1, 8, 8), 1)), r"\[0, 2\]"),
     *((2, dict(known=known), "known must be") for known in (5, torch.zeros(2, 1, 8, 8), (torch.zeros(2, 1, 8, 8),)))])
 def test_wrong_sampling_arguments(labels, settings, words):
     with pytest.raises(ValueError, match=words):
         tiny().sample(labels, **settings)
+
+
+def test_no_stops_where_the_head_draws_one_level_alone():
+    with pytest.raises(ValueError, match="target of the model must be full"):
+        tiny(target="next").sample(2, stops=(0.5, 1.0))
 
 
 def test_wrong_sides_for_patchify_and_direction():
@@ -977,12 +995,13 @@ def test_an_ordering_of_the_user(tmp_path, monkeypatch, capsys):
 
 def test_a_sweep_resumes_and_writes_a_table_and_a_plot(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(train_cifar.SWEEPS, "targets", ["--target next", "--ordering high_to_low --levels 0.5,1"])
+    monkeypatch.setitem(train_cifar.SWEEPS, "targets", ["--target next", "--ordering high_to_low --levels 0.5,1", "--ordering high_to_low --levels 0.5,1 --stops 1"])
     command, mains = [*SMALL, "--sweep", "targets", "--steps", "2", "--head-steps", "1", "--seed", "7", "--out", "elsewhere"], []
     train_cifar.main(command)
     rows = list(csv.DictReader(open("out/targets.csv")))
     assert [(row["run"], row["seed"]) for row in rows] == [(run, seed) for run in train_cifar.SWEEPS["targets"] for seed in "012"]
-    assert len({row["fd"] for row in rows}) == 6 and rows[0]["deviation_3"] and not rows[3]["deviation_3"] and Image.open("out/targets.png").size[0] > 500
+    assert len({row["fd"] for row in rows}) == 9 and [[bool(row[f"deviation_{i}"]) for i in (1, 2, 3)] for row in rows[::3]] == [[1, 1, 1], [1, 1, 0], [0, 1, 0]]
+    assert len(list(pathlib.Path("out/targets").glob("*/ckpt.pt"))) == 6 and Image.open("out/targets.png").size[0] > 500
     run, = (str(path) for path in pathlib.Path("out/targets").glob("target_next_seed_1_*"))
     model, state = sample.load_checkpoint(f"{run}/ckpt.pt")
     assert state["settings"]["seed"] == 1
@@ -994,6 +1013,17 @@ def test_a_sweep_resumes_and_writes_a_table_and_a_plot(tmp_path, monkeypatch):
     monkeypatch.setattr(train_cifar, "train", lambda args, *rest: mains.append(args.out) or train(args, *rest))
     train_cifar.main(command)
     assert mains == [run] and list(csv.DictReader(open("out/targets.csv"))) == rows
+
+
+def test_the_experiments_of_the_tutorial_are_sweeps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path), monkeypatch.setenv("FAR_FAST", "1")
+    for name in ("quantisation", "spectral_bias"):
+        train_cifar.main(["--sweep", name])
+        assert Image.open(f"out/{name}.png").size[0] > 300
+    few, many = csv.DictReader(open("out/quantisation.csv"))
+    assert (few["bits"], many["bits"]) == ("128", "256") and 0.01 < float(many["error"]) < 0.7 * float(few["error"]) < 0.1  # 4 levels of 16 tokens of log2(K) bits
+    start, *_, end = [row for row in csv.DictReader(open("out/spectral_bias.csv")) if row["seed"] == "0"]
+    assert float(end["keep_0.125"]) < 0.9 * float(start["keep_0.125"]) and all(float(row["keep_1"]) == pytest.approx(1, abs=0.1) for row in (start, end))
 
 
 def test_score_by_brute_force():

@@ -33,9 +33,11 @@ DATA = {  # data set -> default preset and training settings
 SWEEPS = {  # name -> runs, each the flags of one
     "orderings": [*(f"--ordering {name}" for name in ORDERINGS), "--ordering high_to_low", "--levels 1"],
     "targets": ["--target full", "--target next", "--target residual"],
-    "levels": [f"--levels {','.join(f'{(i + 1) / F:.3g}' for i in range(F))}" for F in (1, 2, 4, 6, 8, 10)],
+    "levels": [*(f"--levels {','.join(f'{(i + 1) / F:.3g}' for i in range(F))}" for F in (1, 2, 4, 6, 8, 10)),
+               *(f"--levels {','.join(f'{(i + 1) / 10:.3g}' for i in range(10))} --stops {stops}" for stops in ("0.2,0.4,0.6,0.8,1", "0.3,0.6,1", "0.5,1", "1"))],
     "components": ["", "--attention causal --levels-per-image 0", "--no-head-mixing", "--mask text", "--mask reference", "--loss-weighting",
                    "--head-steps 16,32,48", "--head-steps 48,32,16", "--step-rule locked"],
+    **dict.fromkeys(("spectral_bias", "quantisation"), "tutorial.ipynb"),       # its cells that have the name as tag
 }
 DIGITS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "digits.npz")
 KEPT = "data seed batch steps max_minutes lr lr_schedule warmup weight_decay clip ema flip bf16 grad_accum".split()  # by a resumed run, unless told otherwise
@@ -59,24 +61,21 @@ def digest(files, *more):
     return hashlib.sha256(json.dumps([stats, more]).encode()).hexdigest()[:12]
 
 def memory_map(path, key, shape, chunks):
-    """data/<name>-<key>/images.npy, uint8 [n, C, H, H], filled from `chunks` (pairs of images [m, C, H, H] and m labels), and labels.npy; used
-    again while the key is the same. Built under another name, so that an interrupted build is never taken for a whole one."""
-    place = digest([], os.path.abspath(path), shape[1:])                        # of the same images and size, whatever their key
-    folder = Path("data", f"{os.path.basename(os.path.abspath(path))}-{'x'.join(map(str, shape[1:]))}-{place}-{key}")
-    if not folder.exists():
-        for old in Path("data").glob(f"*-{place}-*"):
-            shutil.rmtree(old)
-        part = folder.with_name(folder.name + ".part")
-        part.mkdir(parents=True)
-        array, labels = np.lib.format.open_memmap(part / "images.npy", "w+", np.uint8, shape), []
+    """data/<name>-<size>-<place>/images.npy, uint8 [n, C, H, H], filled from `chunks` (pairs of images [m, C, H, H] and m labels), and then
+    labels-<key>.npy, int64 [n]; used again while the key is the same, and built anew otherwise."""
+    folder = Path("data", f"{os.path.basename(os.path.abspath(path))}-{'x'.join(map(str, shape[1:]))}-{digest([], os.path.abspath(path))}")
+    finished = folder / f"labels-{key}.npy"
+    if not finished.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        array, labels = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape), []
         for images, more in chunks:
             array[len(labels):len(labels) + len(more)] = images
             labels += more
         check(labels, f"{path} holds no image that can be read")
-        array.flush()
-        np.save(part / "labels.npy", labels)
-        part.rename(folder)
-    labels = torch.from_numpy(np.load(folder / "labels.npy"))
+        array.flush(), np.save(folder / "labels.npy", labels)
+        (folder / "labels.npy").rename(finished)
+    labels = torch.from_numpy(np.load(finished))
     return torch.from_numpy(np.load(folder / "images.npy", mmap_mode="c")[:len(labels)]), labels
 
 def load_folder(path, config, skip_bad=False):
@@ -161,6 +160,7 @@ def load_latents(path, *_):
     with told(f"--path {path}: there is no whole latents.json; make it with --cache-latents IMAGES --vae NAME --path {path}"):
         info = json.loads(Path(path or "", "latents.json").read_text())
         check("scale" in info, "it has no scale")
+    load_vae(info["vae"])                                                       # an error now, not after the training
     return torch.from_numpy(np.load(os.path.join(path, "moments.npy"), mmap_mode="c")), torch.from_numpy(np.load(os.path.join(path, "labels.npy"))), info
 
 def make_batch(images, index, device, flip, scale=None):
@@ -196,8 +196,7 @@ def train(args, config, images, labels, info):
     state = dict(step=0, seconds=0.0, log=[], latents={name: info[name] for name in ("vae", "scale") if name in info})
     if args.resume:
         ema, state = load_checkpoint(ckpt, device)
-        model.load_state_dict(state.pop("model"))
-        optimizer.load_state_dict(state.pop("optimizer"))
+        model.load_state_dict(state.pop("model")), optimizer.load_state_dict(state.pop("optimizer"))
         optimizer.param_groups[0]["weight_decay"] = args.weight_decay
     state["settings"] = {name: getattr(args, name) for name in KEPT}
     few = make_batch(images, torch.zeros(len(config.levels)).long(), device, False, info.get("scale")), labels[:1].expand(len(config.levels)).to(device) if config.num_classes else None
@@ -278,14 +277,19 @@ def train(args, config, images, labels, info):
 
 def sweep(name, argv):
     """Does the runs of SWEEPS[name], each with seeds 0, 1, 2, and compares their samples with the digits: see --sweep."""
+    if SWEEPS[name] == "tutorial.ipynb":
+        cells = json.loads(Path(__file__).with_name("tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
+        return exec("\n".join("".join(cell["source"]) for cell in cells if name in cell["metadata"].get("tags", [])), {})
     ORDERINGS["high_to_low"] = lambda x, keep: x - dct(x, 1 - keep)             # the control that should lose
     rows, key = [], digest([], argv)                                            # other flags, other runs
     for flags, seed in itertools.product(SWEEPS[name], "012"):
-        out = os.path.join("out", name, "".join(flags.split("--")).replace(" ", "_") + f"_seed_{seed}_{key}")
-        file = Path(out, "scores.json")
+        run, *stops = flags.split(" --stops ")                                  # the same model with fewer of its levels: trained once
+        out = os.path.join("out", name, "".join(run.split("--")).replace(" ", "_") + f"_seed_{seed}_{key}")
+        file = Path(out, f"scores{','.join(stops)}.json")
+        if not os.path.exists(os.path.join(out, "scores.json")):
+            main([*argv, *run.split(), "--data", "digits", "--seed", seed, "--out", out, "--overwrite"])
         if not file.exists():
-            main([*argv, *flags.split(), "--data", "digits", "--seed", seed, "--out", out, "--overwrite"])
-            file.write_text(json.dumps(sample.main(["--ckpt", os.path.join(out, "ckpt.pt"), "--n", "1797", "--seed", seed, "--real", DIGITS, "--out", out])))
+            file.write_text(json.dumps(sample.main(["--ckpt", os.path.join(out, "ckpt.pt"), "--n", "1797", "--seed", seed, "--real", DIGITS, "--out", out, *(f"--stops={s}" for s in stops)])))
         rows.append(dict(run=flags or "default", seed=seed, **json.loads(file.read_text())))
     with open(os.path.join("out", f"{name}.csv"), "w", newline="") as f:
         writer = csv.DictWriter(f, max(rows, key=len))
@@ -293,8 +297,7 @@ def sweep(name, argv):
     figure, axes = plt.subplots(1, 4, sharey=True, figsize=(12, 1 + 0.3 * len(SWEEPS[name])), layout="constrained")
     for axis, metric in zip(axes, ("fd", "precision", "recall", "class_acc")):
         axis.plot([row[metric] for row in rows], [row["run"] for row in rows], "o", alpha=0.6), axis.set_title(metric), axis.grid(alpha=0.3)
-    axes[0].invert_yaxis()
-    figure.savefig(os.path.join("out", f"{name}.png"))
+    axes[0].invert_yaxis(), figure.savefig(os.path.join("out", f"{name}.png"))
     print(f"wrote out/{name}.csv and out/{name}.png")
 
 def parse_args(argv=None):
@@ -355,8 +358,7 @@ def main(argv=None):
     check(not (args.resume and args.overwrite), "--resume and --overwrite exclude each other")
     for name in "steps max_minutes batch grad_accum lr warmup log_every clip save_minutes".split():
         check(getattr(args, name) is None or getattr(args, name) > 0, f"--{name.replace('_', '-')} must be above 0")
-    check(0 <= args.ema < 1, f"--ema is {args.ema}; it must lie in [0, 1)")
-    check(args.seed >= 0 and args.weight_decay >= 0, "--seed and --weight-decay must be at least 0")
+    check(0 <= args.ema < 1 and args.seed >= 0 and args.weight_decay >= 0, "--ema must lie in [0, 1), --seed and --weight-decay must be at least 0")
     check(config.cond_dim == 0, "--cond-dim is for models that are trained from Python with embeddings; the data here has classes")
     check(args.batch % (args.grad_accum * world) == 0, f"--batch {args.batch} is not divisible by --grad-accum {args.grad_accum} times {world} processes")
     check(args.resume or args.overwrite or args.cache_latents or not os.path.exists(ckpt), f"{ckpt} exists: add --resume to continue it, --overwrite to start again, or choose another --out")
@@ -380,8 +382,6 @@ def main(argv=None):
         config.num_classes = classes
     check(config.num_classes == 0 or config.num_classes >= classes, f"{classes} classes of images, but num_classes is {config.num_classes}")
     check(args.batch <= len(images), f"--batch {args.batch} is more than the {len(images)} images")
-    if "vae" in info:
-        load_vae(info["vae"])                                                   # an error now, not after the training
     os.makedirs(args.out, exist_ok=True)
     with contextlib.ExitStack() as afterwards:
         afterwards.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
