@@ -50,9 +50,8 @@ def load_ordering(name, size=0, channels=3):
 
 def load_vae(name, device="cpu"):
     """The diffusers AutoencoderKL of a name (downloaded) or folder, to encode and decode latents. ValueError if it or diffusers is missing."""
-    with told("latents need the library of the VAE: pip install diffusers"):
+    with told(f"no AutoencoderKL can be loaded from {name}, with pip install diffusers"):
         from diffusers import AutoencoderKL
-    with told(f"no AutoencoderKL can be loaded from {name}"):
         return AutoencoderKL.from_pretrained(name).to(device).eval().requires_grad_(False)
 
 def use_device(name):
@@ -65,10 +64,10 @@ def use_device(name):
     return device
 
 def count_flops(function):
-    """Floating-point operations of a call: 2 for each multiply-add of its matrix products, as torch counts them."""
+    """Floating-point operations of a call, by module and "Global": 2 for each multiply-add of its matrix products, as torch counts them."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function()
-    return counter.get_total_flops()
+    return {part: sum(counts.values()) for part, counts in counter.get_flop_counts().items()}
 
 def matmul_rate(device, dtype):
     """Floating-point operations a second of a large matrix product: the peak that training is measured against."""
@@ -82,10 +81,9 @@ def seed_of(*numbers):                                                          
 
 def read_image(path, size, channels=3):
     """A picture, centre-cropped to a square and resized (antialiased): uint8 [channels, size, size]; None if it cannot be read."""
-    mode = {1: "L", 3: "RGB"}[channels]
     try:
         with Image.open(path) as image:
-            image = image.convert(mode)
+            image = image.convert({1: "L", 3: "RGB"}[channels])
     except Exception:                                                           # a damaged picture can raise anything
         return None
     image = torchvision.transforms.functional.center_crop(image, min(image.size)).resize((size, size), Image.Resampling.LANCZOS)
@@ -157,7 +155,7 @@ def add_settings(group, names, config=None):
         if f.name in names:
             group.add_argument("--" + f.name.replace("_", "-"), help=f"default: {getattr(config, f.name) if config else 'as in the checkpoint'}", **options)
 
-def main(argv=None):
+def main(argv=None, count=False):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "far_cifar10.pt"), help="checkpoint (default: the CIFAR-10 weights in assets)")
     p.add_argument("--export", help="write the weights alone, in half precision and with the sampling settings given here as default, to this file; draws nothing")
@@ -165,8 +163,8 @@ def main(argv=None):
     p.add_argument("--n", type=int, default=100, help="number of images (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="image i depends on seed, i and its label alone (default: %(default)s)")
     p.add_argument("--batch", type=int, default=250, help="images drawn at a time (default: %(default)s)")
-    p.add_argument("--out", default="out/samples", help="folder of the pictures (default: %(default)s)")
-    p.add_argument("--levels", action=argparse.BooleanOptionalAction, default=True, help="levels.png: the first image of each class (at most 10), a row each, columns x_1 .. x_F")
+    p.add_argument("--out", default="out/samples", help="folder of samples.png and levels.png, a row x_1 .. x_F for the first image of each class (default: %(default)s)")
+    p.add_argument("--bench", action="store_true", help="draw with the solvers and head steps of a table: seconds, operations and, with --real, scores of each")
     p.add_argument("--npz", help="write all images to this file: arr_0 uint8 [n, H, W, C], arr_1 int64 [n]")
     p.add_argument("--real", help="npz file of real images [m, H, W, C] and labels, such as assets/digits.npz: print fd, precision, recall, class_acc (pixels)")
     p.add_argument("--png", help="write every image as a PNG into this folder")
@@ -183,19 +181,21 @@ def main(argv=None):
     device = use_device(args.device)
     load_ordering(args.ordering or "")
     model, rest = load_checkpoint(args.ckpt, device)
-    c, latents = model.config, rest.get("latents")
+    c, latents, args.bf16 = model.config, rest.get("latents"), device.type == "cuda" if args.bf16 is None else args.bf16
+    if args.bench and not count:
+        rising = [str(round(4 + 8 * i / max(len(c.levels) - 1, 1))) for i in range(len(c.levels))]  # as many steps as with 8 a level
+        for flags in ("--paper", *(f"--solver {s} --head-steps {n}" for s in ("ddim", "dpmpp_2m") for n in (4, 6, 8, 12, 25, ",".join(rising), ",".join(rising[::-1])))):
+            print(f"\n{flags}"), main([*(sys.argv[1:] if argv is None else argv), *flags.split()], count=True)
+        return
     check(args.ordering in (None, c.ordering) and (args.image or args.keep is None), f"--ordering must be the model's own, {c.ordering}; --keep needs --from")
     vae = load_vae(latents["vae"], device) if latents and not args.export else None
     def pictures(x):                                                            # [n, C, H, H] -> images on the CPU
         return torch.cat([vae.decode(z.to(device) / latents["scale"]).sample.cpu() for z in x.split(16)]) if vae else x
-
     labels = parse_labels(args.labels or f"0-{c.num_classes - 1}", args.n, c.num_classes)
-    paper = dict(solver="ddpm", head_steps="paper", temperature="paper") if args.paper else {}
-    settings = paper | {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    settings = (dict(solver="ddpm", head_steps="paper", temperature="paper") if args.paper else {}) | {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     if args.export:
-        half = {name: value.half() for name, value in model.state_dict().items()}  # load_checkpoint makes them float32 again
         os.makedirs(os.path.dirname(args.export) or ".", exist_ok=True)
-        torch.save(dict(config=replace(c, **settings).to_dict(), ema=half, latents=latents), args.export + ".part")
+        torch.save(dict(config=replace(c, **settings).to_dict(), ema=model.half().state_dict(), latents=latents), args.export + ".part")  # read as float32 again
         os.replace(args.export + ".part", args.export)
         return print(f"wrote {args.export}, {os.path.getsize(args.export) / 1e6:.1f} MB")
     if args.image:
@@ -212,31 +212,32 @@ def main(argv=None):
     for folder in (args.out, args.png, args.npz and os.path.dirname(args.npz)):  # an error now, not after the sampling
         os.makedirs(folder or ".", exist_ok=True)
     shown = np.unique(np.linspace(0, args.n - 1, min(args.n, 400)).round().astype(int))  # all, or 400 spread evenly over the classes
-    strip = [] if not args.levels else range(min(args.n, 10)) if isinstance(labels, int) else np.unique(labels.numpy(), return_index=True)[1][:10]
-    grid, rows, stored, begin = [], [], None, time.perf_counter()
-    for start, levels in draw_images(model, labels, args.seed, args.batch, bf16=device.type == "cuda" if args.bf16 is None else args.bf16, return_levels=True, **settings):
+    strip = range(min(args.n, 10)) if isinstance(labels, int) else np.unique(labels.numpy(), return_index=True)[1][:10]
+    grid, rows, pixels, begin = [], [], [], time.perf_counter()
+    for start, levels in draw_images(model, labels, args.seed, args.batch, bf16=args.bf16, return_levels=True, **settings):
         images = pictures(levels[:, -1])
-        pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()                   # [B, H, W, C]
-        if args.npz:                                                            # on disk: memory stays bounded
-            stored = np.lib.format.open_memmap(args.npz + ".npy", "w+", np.uint8, (args.n, *pixels.shape[1:])) if stored is None else stored
-            stored[start:start + len(pixels)] = pixels
+        pixels.append(to_uint8(images).permute(0, 2, 3, 1).numpy())             # [B, H, W, C]
         kept += [levels] if real else []
         for i, image in enumerate(images, start):
             if args.png:
-                Image.fromarray(pixels[i - start].squeeze()).save(os.path.join(args.png, f"{i:06d}.png"))
+                Image.fromarray(pixels[-1][i - start].squeeze()).save(os.path.join(args.png, f"{i:06d}.png"))
             grid += [image] if i in shown else []
             rows += [pictures(levels[i - start])] if i in strip else []
     seconds = time.perf_counter() - begin
     written = [save_grid(torch.stack(grid), os.path.join(args.out, "samples.png"), min(len(grid), 10 if len(grid) <= 100 else 20))]
-    written += [save_grid(torch.cat(rows), os.path.join(args.out, "levels.png"), len(stops))] if rows else []
+    written.append(save_grid(torch.cat(rows), os.path.join(args.out, "levels.png"), len(stops)))
     if args.npz:                                                                # named arr_0 and arr_1; there once it is whole
         with open(args.npz + ".part", "wb") as f:
-            np.savez(f, stored, *([labels] if torch.is_tensor(labels) else []))
-        os.replace(args.npz + ".part", args.npz), os.remove(args.npz + ".npy")
+            np.savez(f, np.concatenate(pixels), *([labels] if torch.is_tensor(labels) else []))
+        os.replace(args.npz + ".part", args.npz)
     print(f"{args.n} images in {seconds:.1f} s; wrote", *written, *filter(None, (args.png, args.npz)))
+    if count:                                                                   # a second time, one image
+        flops = count_flops(lambda: model.sample(labels[:1] if torch.is_tensor(labels) else 1, **settings))
+        share = args.n * flops["Global"] / seconds / matmul_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
+        print(f"{flops['Global'] / 1e6:.2f} MFLOP an image, {flops['Transformer'] / 1e6:.2f} of them in the transformer; {100 * share:.0f} % of the rate of a large matrix product")
     if real:
         drawn, data = torch.cat(kept), real[0].permute(0, 3, 1, 2).float() / 127.5 - 1
-        scores = score(to_uint8(drawn[:, -1]).permute(0, 2, 3, 1), labels, *real)
+        scores = score(np.concatenate(pixels), labels, *real)
         for n, i in enumerate(map((0, *c.levels).index, stops)):                # deviation of x_i over the samples, in units of the data's
             scores[f"deviation_{i}"] = (drawn[:, n].std(0).mean() / model.project(data, i).std(0).mean()).item()
         print(*(f"{name} {value:.3f}" for name, value in scores.items()))

@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -858,7 +859,7 @@ def test_ctrl_c_saves_and_resume_goes_on_exactly(tmp_path, monkeypatch):
         if len(calls) == 4:
             os.kill(os.getpid(), signal.SIGINT)
         return forward(self, *args)
-    monkeypatch.setattr(FAR, "forward", interrupted), monkeypatch.setattr(train_cifar, "count_flops", lambda function: 1)
+    monkeypatch.setattr(FAR, "forward", interrupted), monkeypatch.setattr(train_cifar, "count_flops", lambda function: dict(Global=1))
     with pytest.raises(SystemExit, match="saved"):
         train_cifar.main([*command, str(tmp_path / "b")])
     assert torch.load(tmp_path / "b" / "ckpt.pt", weights_only=True)["step"] == 4
@@ -894,7 +895,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     def broken(self, target, noise, z, i, cond, band):                          # passes 1 to 10 are the steps, 11 is the look at the levels
         weights.extend([self.output["16"].weight.detach().clone()] * (self.training and i == 0))
         return loss(self, target, noise, z, i, cond, band) * (math.inf if i == 1 and len(weights) in (7, 11) else 1.0)
-    monkeypatch.setattr(DiffusionHead, "loss", broken), monkeypatch.setattr(train_cifar, "count_flops", lambda function: 1)
+    monkeypatch.setattr(DiffusionHead, "loss", broken), monkeypatch.setattr(train_cifar, "count_flops", lambda function: dict(Global=1))
     with pytest.raises(ValueError, match=r"not finite since step 7, levels \[2\].*ckpt.pt holds the last good state"):
         train_cifar.main([*SMALL, "--levels-per-image", "0", "--save-minutes", "1e-9", "--steps", "20", "--out", str(tmp_path)])
     state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
@@ -1045,8 +1046,7 @@ def test_score_by_brute_force():
 
 def test_real_compares_and_export_keeps_guidance(digits, tmp_path, capsys):
     ckpt, out = os.path.join(digits, "ckpt.pt"), ["--out", str(tmp_path / "out")]
-    sample.main(["--ckpt", ckpt, "--n", "60", "--no-levels", "--npz", str(tmp_path / "a.npz"), *out])
-    assert not (tmp_path / "out" / "levels.png").exists()
+    sample.main(["--ckpt", ckpt, "--n", "60", "--npz", str(tmp_path / "a.npz"), *out])
     capsys.readouterr()
     sample.main(["--ckpt", ckpt, "--n", "60", "--real", str(tmp_path / "a.npz"), *out])     # against itself
     assert "fd 0.000 precision 1.000 recall 1.000" in capsys.readouterr().out.replace("-0.000", "0.000")
@@ -1063,6 +1063,26 @@ def test_real_compares_and_export_keeps_guidance(digits, tmp_path, capsys):
         sample.main(["--ckpt", half, "--n", "10", "--npz", str(tmp_path / "g.npz"), *flags, *out])
         images[name] = np.load(tmp_path / "g.npz")["arr_0"]
     assert np.array_equal(images["default"], images["same"]) and not np.array_equal(images["default"], images["none"])
+
+
+def test_bench_counts_the_operations_of_each_setting(tmp_path, capsys):
+    """The transformer works once a level; the operations of the head are those of one step times the number of steps."""
+    model = tiny()
+    torch.save(dict(config=model.config.to_dict(), ema=model.state_dict()), tmp_path / "tiny.pt")
+    sample.main(["--ckpt", str(tmp_path / "tiny.pt"), "--n", "10", "--real", os.path.join(ROOT, "assets", "digits.npz"), "--bench", "--out", str(tmp_path)])
+    lines = re.findall(r"^(--.*)\n.*\n(.*) MFLOP an image, (.*) of them .*\nfd ", capsys.readouterr().out, re.M)
+    counted = {flags: (1e6 * float(total), 1e6 * float(trunk)) for flags, total, trunk in lines}
+    assert len(counted) == 15 and len({trunk for _, trunk in counted.values()}) == 1
+    head = {flags: total - trunk for flags, (total, trunk) in counted.items()}
+    for solver in ("ddim", "dpmpp_2m"):
+        four = head[f"--solver {solver} --head-steps 4"]
+        step = (head[f"--solver {solver} --head-steps 25"] - four) / 21         # of all levels
+        for steps, mean in (("6", 6), ("8", 8), ("12", 12), ("4,8,12", 8), ("12,8,4", 8)):
+            assert head[f"--solver {solver} --head-steps {steps}"] == pytest.approx(four + (mean - 4) * step, rel=0.01)
+    assert head["--paper"] == pytest.approx(four + 66 * step, rel=0.01)
+    projected = model.head.project(torch.zeros(1, 16, 16), 0, torch.zeros(1, 1, 16))
+    one = sample.count_flops(lambda: model.head(torch.zeros(1, 16, 4), torch.zeros(1, 1), projected))
+    assert step == pytest.approx(3 * one["Global"], rel=0.01) and set(one) == {"Global", "DiffusionHead"} | {part for part in one if "." in part}
 
 
 def test_bfloat16_sampling_is_close(digits):
@@ -1404,7 +1424,7 @@ def test_counted_flops_of_a_training_step(settings):
         drawn = N * 4 * D * w + steered * (6 * w * w + 128 * w) + c.head_depth * block
         formula += 3 * share * (N * 2 * D * W + (run(K + N) if c.attention == "markov" else 0) + 2 * (N + mix) * W * w + c.head_draws * drawn)
     model, images, labels = FAR(c), torch.zeros(6, 3, 32, 32), torch.zeros(6, dtype=torch.int64)
-    assert sample.count_flops(lambda: model(images, labels).backward()) == pytest.approx(6 * formula, rel=0.05)
+    assert sample.count_flops(lambda: model(images, labels).backward())["Global"] == pytest.approx(6 * formula, rel=0.05)
 
 
 def test_far_h_takes_a_step_in_80_gb(monkeypatch):

@@ -200,7 +200,7 @@ def train(args, config, images, labels, info):
         optimizer.param_groups[0]["weight_decay"] = args.weight_decay
     state["settings"] = {name: getattr(args, name) for name in KEPT}
     few = make_batch(images, torch.zeros(len(config.levels)).long(), device, False, info.get("scale")), labels[:1].expand(len(config.levels)).to(device) if config.num_classes else None
-    share = 3 * count_flops(torch.no_grad()(lambda: model(*few))) / len(config.levels) / world / matmul_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
+    share = 3 * count_flops(torch.no_grad()(lambda: model(*few)))["Global"] / len(config.levels) / world / matmul_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
     if args.checkpoint_activations:
         for block in (*model.transformer.blocks, *model.head.blocks):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
