@@ -3,7 +3,7 @@
 An image is generated from low to high frequencies. Level i shows x_i, the image low-passed to a share keep_i of its bandwidth (`ORDERINGS`);
 x_0 = 0 and x_F is the image. A transformer reads x_0 .. x_i and says z_i, one vector a token (`Transformer`); a small diffusion network
 draws the image's tokens given z_i (`DiffusionHead`); low-passed, the draw is x_{i+1}. `FAR.forward` is the training loss, `FAR.sample` the loop.
-By default the transformer sees x_i alone (`attention="markov"`) and the head draws a level's tokens jointly (`head_mixing`): measured better.
+By default the transformer sees x_i alone (`attention="markov"`: as good in the same time) and the head draws a level's tokens jointly (`head_mixing`: better).
 
 Letters as in the paper: B batch, C channels, H side, p patch side, N = (H/p)^2 tokens of D = C p^2 numbers, F levels, W width.
 """
@@ -208,7 +208,7 @@ def patchify(x, p):
 def unpatchify(tokens, p, channels):
     """Tokens [B, N, C p^2] -> square image [B, C, H, H]: the inverse of `patchify`. ValueError if N is no square."""
     G = math.isqrt(tokens.shape[1])
-    check(G * G == tokens.shape[1], f"{tokens.shape[1]} tokens are no square grid")
+    check(tokens.shape[1:] == (G * G, channels * p * p), f"tokens of shape {list(tokens.shape)} are no square grid of patches {channels} x {p} x {p}")
     return tokens.reshape(len(tokens), G, G, channels, p, p).permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), channels, G * p, G * p)
 
 def block_causal_mask(num_levels, num_tokens, markov=False):
@@ -238,8 +238,8 @@ def head_step_schedule(F, low=40, high=100):
 
 def per_level(value, F, name):
     """A setting of every level: one number for all, a sequence of F, or "paper" (head_steps 40 to 100, temperature 0.8 to 1) -> list of F.
-    Whole numbers of at least 1 for head_steps and patch_size, finite numbers of at least 0 otherwise; ValueError for anything else."""
-    kind, least = (int, 1) if name in ("head_steps", "patch_size") else ((int, float), 0)
+    Whole numbers of at least 1 for head_steps, patch_size and num_tokens, finite numbers of at least 0 otherwise; ValueError for anything else."""
+    kind, least = (int, 1) if name in ("head_steps", "patch_size", "num_tokens") else ((int, float), 0)
     paper = {"head_steps": head_step_schedule(F), "temperature": [1 - 0.2 * (F - i) / max(F - 1, 1) for i in range(1, F + 1)]}.get(name)
     values = value.tolist() if hasattr(value, "tolist") else paper if isinstance(value, str) and value == "paper" else value
     values = list(values) if isinstance(values, (list, tuple)) else [values] * F
@@ -434,13 +434,13 @@ class DiffusionHead(nn.Module):
         shift, scale = self.modulation(nn.functional.silu(c)).chunk(2, -1)
         return self.output[D](self.norm(h) * (1 + scale) + shift).float()
 
-    def loss(self, target, noise, z, i, cond, band=lambda error: error):
-        """target [S, N, D], standard normal noise [S draws, N, D], conditions as in `project` -> mean squared error of the prediction, [S], over
-        `head_draws` draws of (t, noise). Where targets lie in a part of the space only, `band` projects the error there."""
+    def loss(self, target, noise, z, i, cond, band=lambda prediction: prediction):
+        """target [S, N, D], normal noise of deviation 1 [S draws, N, D], conditions as in `project` -> mean squared error of the prediction, [S], over
+        `head_draws` draws of (t, noise). Where targets lie in a part of the space only, `band` projects predictions there."""
         projected = [a.repeat_interleave(self.draws, 0) for a in self.project(z, i, cond)]
         t = self.path.draw_t(len(noise), 1 if self.mixing else noise.shape[1], device=noise.device)
         x_t, want = self.path.noise(target.repeat_interleave(self.draws, 0), noise, t[..., None])
-        return band(self(x_t, t, projected) - want).square().mean((1, 2)).view(-1, self.draws).mean(1)
+        return (band(self(x_t, t, projected)) - want).square().mean((1, 2)).view(-1, self.draws).mean(1)
 
 # --- FAR: the loss and the generation loop ----------------------------------------------------------------------------
 def couple_noise(noise, shared, side, rho):
@@ -500,7 +500,7 @@ class FAR(nn.Module):
         """Measures on images the units of each level, [F]: the deviation of its noise, and, for target "residual", of x_{i+1} - x_i."""
         x = self.as_images(images)
         for i, p in enumerate(self.config.patch_sizes):
-            self.noise_scale[i] = self.band(patchify(torch.randn_like(x), p), i).std()
+            self.noise_scale[i] = self.band(patchify(torch.randn_like(x), p), i).std().clamp(min=1e-6)
             if self.config.target == "residual":
                 self.data_scale[i] = self.band(patchify(x, p), i).std().clamp(min=1e-6)
 
@@ -551,7 +551,7 @@ class FAR(nn.Module):
         """Draws images level by level: z_i from the transformer, xhat from the head, x_{i+1} by the step rule.
         labels: int64 [B] or float [B, K, cond_dim]; or an int n for n images without label.
         known: (x, i) starts from what images x [B or 1, C, H, H] show at level i < F. generator: a torch.Generator, or a list of one an image.
-        stops: fewer steps with the same model, for target full, where the head can draw any level next: those of the config's levels that are drawn, 1 at the end.
+        stops: fewer steps with the same model, for target full and attention markov, where any level can come next: those of the config's levels that are drawn, 1 among them.
         settings (the config's by default): guidance g >= 0: the head's prediction is u + g_i (p - u), p with and u without label; guidance_schedule
         "linear": g_i = 1 + (g - 1) i/F for i = 0 .. F-1 (none at the first level), "constant": g_i = g. head_steps: int, one a level, or "paper" (40 to
         100). solver: ddpm, ddim or dpmpp_2m (see Path.sample). temperature: factor on the head's noise, one a level, or "paper" (0.8 to 1). step_rule:
@@ -563,9 +563,9 @@ class FAR(nn.Module):
         steps, temperature, coupling = (per_level(getattr(c, name), levels, name) for name in ("head_steps", "temperature", "coupling"))
         check(type(labels) is int and labels > 0 or torch.is_tensor(labels) and labels.ndim and len(labels), f"labels are {labels!r}; allowed: a tensor for one image or more, or their number")
         B, given = (labels, None) if type(labels) is int else (len(labels), labels.cpu())
-        stops = c.levels if stops is None else stops if isinstance(stops, (list, tuple)) and c.target == "full" else ()
+        stops = c.levels if stops is None else stops if isinstance(stops, (list, tuple)) and (c.target, c.attention) == ("full", "markov") else ()
         states = [i for i, keep in enumerate((0, *c.levels)) if keep in (0, *stops)]  # the x_i on the way
-        check(len(states) == len(stops) + 1 and 1 in stops, f"stops must be some of the levels {c.levels}, 1 among them; the target of the model must be full")
+        check(len(states) == len(stops) + 1 and 1 in stops, f"stops must be some of the levels {c.levels}, 1 among them, and the model have target full and attention markov")
         image, start = (None, 0) if known is None else known if isinstance(known, tuple) and len(known) == 2 else (None, -1)
         check(known is None or start in states[:-1] and len(self.as_images(image)) in (1, B), f"known must be (1 or {B} images, a level of {states[:-1]})")
         generators = generator if isinstance(generator, (list, tuple)) else [generator]
@@ -573,7 +573,7 @@ class FAR(nn.Module):
         def draw(*shape):                                                       # standard normal [B, *shape]
             return torch.cat([torch.randn(B // len(generators), *shape, generator=g, device=g.device if g else device) for g in generators]).to(device)
         guide = [1.0 if given is None else 1 + (c.guidance - 1) * i / levels if c.guidance_schedule == "linear" else c.guidance for i in range(levels)]
-        copies = 2 if any(g != 1 for g in guide) else 1                         # labelled half, then unlabelled half
+        copies = 2 if any(guide[i] != 1 for i in states[:-1]) else 1                         # labelled half, then unlabelled half
         cond = torch.cat([self.condition(given, B), self.condition(None, B)][:copies])
         x, outputs = torch.zeros(B, c.channels, c.image_size, c.image_size, device=device), []
         cache, training = [{} for _ in self.transformer.blocks] if c.attention == "causal" else None, self.training

@@ -27,7 +27,7 @@ def told(message):
 def load_checkpoint(path, device="cpu"):
     """Reads a checkpoint of train_cifar.py -> (FAR with the EMA weights, in eval mode, on device; dict of the rest).
     Raises ValueError with one sentence if the file is missing, cut off, or no FAR checkpoint."""
-    check(os.path.isfile(path), f"{path} is not a file; train a model, python train_cifar.py --data digits, and name it with --ckpt")
+    check(os.path.isfile(path), f"{path} is not a file; python train_cifar.py --data digits, for one, trains a model")
     with told(f"{path} cannot be read as a checkpoint: it is cut off or not written by train_cifar.py"):
         rest = torch.load(path, map_location="cpu", weights_only=True)
     check(isinstance(rest, dict) and isinstance(rest.get("config"), dict) and "ema" in rest, f"{path} holds no FAR model: config and ema are missing")
@@ -120,11 +120,11 @@ def draw_images(model, labels, seed=0, batch=250, progress=True, bf16=False, **s
 
 def parse_labels(text, n, num_classes):
     """"0-9", "3", "1,5,7-9" or "none" and a number of images -> int64 [n], sorted evenly over the classes, or the int n for "none"."""
-    if text == "none" or num_classes == 0:
+    if text == "none":
         return n
     with told(f"--labels {text} is not understood; write classes as 0-9 or 1,5,7, or none"):
         classes = [k for part in text.split(",") for k in range(int(part.split("-")[0]), int(part.split("-")[-1]) + 1)]
-    check(classes and max(classes) < num_classes, f"--labels {text} is out of range: the model knows the classes 0 to {num_classes - 1}")
+    check(classes and max(classes) < num_classes, f"--labels {text} is out of range: the model knows {num_classes} classes, from 0")
     return torch.tensor([classes[i * len(classes) // n] for i in range(n)])
 
 def score(images, labels, real, truth, k=5):
@@ -191,7 +191,7 @@ def main(argv=None, count=False):
     vae = load_vae(latents["vae"], device) if latents and not args.export else None
     def pictures(x):                                                            # [n, C, H, H] -> images on the CPU
         return torch.cat([vae.decode(z.to(device) / latents["scale"]).sample.cpu() for z in x.split(16)]) if vae else x
-    labels = parse_labels(args.labels or f"0-{c.num_classes - 1}", args.n, c.num_classes)
+    labels = parse_labels(args.labels or (f"0-{c.num_classes - 1}" if c.num_classes else "none"), args.n, c.num_classes)
     settings = (dict(solver="ddpm", head_steps="paper", temperature="paper") if args.paper else {}) | {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     if args.export:
         os.makedirs(os.path.dirname(args.export) or ".", exist_ok=True)
@@ -207,7 +207,7 @@ def main(argv=None, count=False):
     arrays = np.load(args.real).values() if args.real and zipfile.is_zipfile(args.real) else []
     real, kept = sorted((torch.from_numpy(x) for x in arrays if isinstance(x, np.ndarray) and x.dtype.kind in "iu"), key=torch.Tensor.dim, reverse=True), []
     check(not args.real or [x.shape[1:] for x in real] == [(c.image_size, c.image_size, c.channels), ()] and len(real[0]) == len(real[1]) > 5 and real[0].dtype == torch.uint8
-          and args.n > 5 and torch.is_tensor(labels) and not vae, f"--real {args.real} must be an npz file of uint8 images [m, H, H, C], of the model's size, and m labels; m and --n above 5")
+          and args.n > 5 and torch.is_tensor(labels) and not vae, f"--real {args.real} must be an npz file of more than 5 uint8 images [m, H, H, C] of the model's size and m labels; it needs --labels, --n above 5 and no VAE")
     check(not os.path.isdir(args.npz or ""), f"--npz {args.npz} is a folder; name a file")
     for folder in (args.out, args.png, args.npz and os.path.dirname(args.npz)):  # an error now, not after the sampling
         os.makedirs(folder or ".", exist_ok=True)

@@ -470,6 +470,25 @@ def test_inputs_targets_and_noise_of_each_level(target, attention, monkeypatch):
         assert torch.allclose(band(patchify(white, p)), patchify(part(white), p), atol=1e-4)
 
 
+def test_the_loss_judges_what_the_sampler_uses():
+    """For a soft filter too, where filtering an error is not the same: a prediction of zero errs by the whole target."""
+    model, (target, z), losses = tiny(), torch.randn(2, 50, 16, 16), []
+    torch.nn.init.zeros_(model.head.output["4"].weight), torch.nn.init.zeros_(model.head.output["4"].bias)
+    for band in (lambda x: x, lambda x: 0.5 * x):
+        torch.manual_seed(0)
+        losses.append(model.head.loss(target[..., :4], torch.randn(50, 16, 4), z, 0, torch.zeros(50, 1, 16), band))
+    assert torch.equal(*losses) and losses[0].mean() > 0.5
+
+
+def test_a_level_that_adds_nothing_draws_nothing():
+    """Two levels of the same frequencies: no division by the zero deviation of what lies between."""
+    model, images = tiny(target="residual", ordering="dct", levels=(0.2, 0.22, 1.0)), torch.randn(20, 1, 8, 8)
+    model.set_scales(images)
+    assert model.level_losses(images, torch.arange(20) % 10).isfinite().all()
+    drawn = model.sample(5, return_levels=True)
+    assert drawn.isfinite().all() and torch.allclose(drawn[:, 0], drawn[:, 1], atol=1e-4) and (drawn[:, 2] - drawn[:, 1]).std() > 0.1
+
+
 @pytest.mark.parametrize("B, k", [(12, 1), (12, 2), (12, 3), (7, 1), (2, 1), (1, 1)])
 def test_every_image_trains_k_levels_and_every_level_its_share(B, k, monkeypatch):
     """Images carry their index: each meets k different levels (all, where the batch is too small for a share of one), levels share evenly."""
@@ -602,11 +621,10 @@ def test_sampling_from_a_known_level(settings):
     assert torch.allclose(far.dct(drawn[:, 2], 0.5), drawn[:, 1], atol=1e-4) and drawn[:, 2].std(0).min() > 0.01
 
 
-@pytest.mark.parametrize("settings", [{}, CAUSAL])
 @pytest.mark.parametrize("stops", [(0.5, 1.0), (0.25, 1.0), (1.0,)])
-def test_stops_leave_levels_out(settings, stops):
+def test_stops_leave_levels_out(stops):
     """As a model that has these levels alone and, for each, the level embedding of the one with all three."""
-    model, part, labels = tiny(**settings), tiny(**settings, levels=stops), torch.tensor([1, 2, 3])
+    model, part, labels = tiny(), tiny(levels=stops), torch.tensor([1, 2, 3])
     rows, weights = [0, *((0.25, 0.5, 1.0).index(keep) + 1 for keep in stops[:-1])], model.state_dict()
     part.load_state_dict({name: value[rows] if name.endswith(("level.weight", "_scale")) else value for name, value in weights.items()})
     draw = lambda model, **kw: model.sample(labels, guidance=2.0, guidance_schedule="constant", generator=seeded(), return_levels=True, **kw)
@@ -758,9 +776,10 @@ def test_wrong_sampling_arguments(labels, settings, words):
         tiny().sample(labels, **settings)
 
 
-def test_no_stops_where_the_head_draws_one_level_alone():
-    with pytest.raises(ValueError, match="target of the model must be full"):
-        tiny(target="next").sample(2, stops=(0.5, 1.0))
+@pytest.mark.parametrize("settings", [dict(target="next"), CAUSAL])
+def test_no_stops_where_the_next_level_alone_can_follow(settings):
+    with pytest.raises(ValueError, match="target full and attention markov"):
+        tiny(**settings).sample(2, stops=(0.5, 1.0))
 
 
 def test_wrong_sides_for_patchify_and_direction():
@@ -770,8 +789,11 @@ def test_wrong_sides_for_patchify_and_direction():
         mask_bounds(4, "up")
     with pytest.raises(ValueError, match="divisible"):
         patchify(torch.zeros(1, 1, 8, 8), 0)
-    with pytest.raises(ValueError, match="15 tokens"):
-        unpatchify(torch.zeros(1, 15, 4), 2, 1)
+    for shape in ((1, 15, 4), (1, 16, 3)):
+        with pytest.raises(ValueError, match="no square grid of patches 1 x 2 x 2"):
+            unpatchify(torch.zeros(shape), 2, 1)
+    with pytest.raises(ValueError, match="whole number"):
+        block_causal_mask(3, 4.0)
 
 
 def test_uint8_and_float_images_agree():
@@ -1148,7 +1170,7 @@ def test_bad_checkpoints(digits, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--seed", "-1"], "at least 0"), (["--npz", "."], "is a folder"), (["--real", "nowhere"], "an npz file"), (["--real", "float.npz"], "uint8"), (["--real", "names.npz"], "uint8"), (["--labels", "0-10"], "0 to 9"), (["--labels", "cat"], "not understood"), (["--labels", "5-3"], "out of range"), (["--n", "0"], "at least 1"), (["--head-steps", "0"], "at least 1")])
+    (["--seed", "-1"], "at least 0"), (["--npz", "."], "is a folder"), (["--real", "nowhere"], "an npz file"), (["--real", "float.npz"], "uint8"), (["--real", "names.npz"], "uint8"), (["--labels", "0-10"], "10 classes"), (["--labels", "cat"], "not understood"), (["--labels", "5-3"], "out of range"), (["--n", "0"], "at least 1"), (["--head-steps", "0"], "at least 1")])
 def test_wrong_sample_flags(digits, flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savez("float.npz", np.zeros((9, 8, 8, 1), np.float32), np.arange(9)), np.savez("names.npz", np.array(["a", "b"]))
@@ -1662,8 +1684,8 @@ def exercise_diffusion_loss(far):
         assert torch.allclose(eps, noise, atol=1e-2), "each draw has its own noise"
         want = (-2 * x + 3 * noise).square().mean((1, 2)).view(2000, 3).mean(1)
         assert loss.shape == want.shape and torch.allclose(loss, want, rtol=1e-4), "the mean over draws, tokens and numbers, one value a sequence"
-        half = head.loss(x[[0, 3]], noise[:6], x[[0, 3], :, :1].expand(-1, -1, 128), 0, torch.zeros(2, 1, 128), lambda error: error / 2)
-        assert torch.allclose(half, want[:2] / 4, rtol=1e-4), "band projects the error before it is squared"
+        one = head.loss(x[[0, 3]], noise[:6], x[[0, 3], :, :1].expand(-1, -1, 128), 0, torch.zeros(2, 1, 128), lambda prediction: prediction + 1)
+        assert torch.allclose(one, (1 + 2 * x[:6] - 3 * noise[:6]).square().mean((1, 2)).view(2, 3).mean(1), rtol=1e-4), "the prediction goes through band"
     model = types.SimpleNamespace(config=far.FARConfig.preset("digits", levels_per_image=0), losses=lambda *_: torch.tensor([[1.0, 2.0, 6.0]]).expand(5, -1).unbind(1))
     assert far.FAR.forward(model, torch.zeros(5, 1, 8, 8)).item() == 3, "the loss is the mean over images and levels"
     ema, model = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)

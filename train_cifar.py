@@ -306,7 +306,7 @@ def parse_args(argv=None):
     p.add_argument("--preset", choices=PRESETS, help="default: what fits --data")
     p.add_argument("--paper", action="store_true", help="the paper's choices in place of the defaults")
     p.add_argument("--out", help="folder to write (default: out/ and the name of the data)")
-    p.add_argument("--resume", action="store_true", help="continue the run in --out; all settings come from there, --steps or --max-minutes may be raised")
+    p.add_argument("--resume", action="store_true", help="continue the run in --out; all settings come from there, whatever --preset and --paper say; --steps or --max-minutes may be raised")
     chosen, _ = p.parse_known_args(argv)                                        # sets the defaults of what follows
     ckpt, defaults = os.path.join(chosen.out or os.path.join("out", chosen.data), "ckpt.pt"), DATA[chosen.data]
     config = FARConfig.preset(chosen.preset or defaults["preset"], chosen.paper)
@@ -360,7 +360,7 @@ def main(argv=None):
         check(getattr(args, name) is None or getattr(args, name) > 0, f"--{name.replace('_', '-')} must be above 0")
     check(0 <= args.ema < 1 and args.seed >= 0 and args.weight_decay >= 0, "--ema must lie in [0, 1), --seed and --weight-decay must be at least 0")
     check(config.cond_dim == 0, "--cond-dim is for models that are trained from Python with embeddings; the data here has classes")
-    check(args.batch % (args.grad_accum * world) == 0, f"--batch {args.batch} is not divisible by --grad-accum {args.grad_accum} times {world} processes")
+    check(args.cache_latents or args.batch % (args.grad_accum * world) == 0, f"--batch {args.batch} is not divisible by --grad-accum {args.grad_accum} times {world} processes")
     check(args.resume or args.overwrite or args.cache_latents or not os.path.exists(ckpt), f"{ckpt} exists: add --resume to continue it, --overwrite to start again, or choose another --out")
     args.device = use_device(args.device)
     if not dist.is_initialized():                                               # a single process is a group of one
