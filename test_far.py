@@ -1116,7 +1116,7 @@ def test_bfloat16_sampling_is_close(digits):
 
 
 @pytest.mark.parametrize("flags, steps, minutes", [([], None, 2.0), (["--steps", "7"], 7, None), (["--max-minutes", "3"], None, 3.0), (["--steps", "7", "--max-minutes", "3"], 7, 3.0),
-                                                   (["--data", "cifar10"], 2500, None), (["--data", "cifar10", "--max-minutes", "3"], None, 3.0)])
+                                                   (["--data", "cifar10"], 6000, None), (["--data", "cifar10", "--max-minutes", "3"], None, 3.0)])
 def test_length_of_a_run(flags, steps, minutes):
     args = train_cifar.parse_args(flags)
     assert (args.steps, args.max_minutes, args.lr_schedule) == (steps, minutes, "linear")
@@ -1572,7 +1572,7 @@ def test_shipped_cifar_weights():
     labels that steer: airplanes and ships are bluer than deer and frogs."""
     path = os.path.join(ROOT, "assets", "far_cifar10.pt")
     model, rest = sample.load_checkpoint(path)
-    assert os.path.getsize(path) < 25e6 and model.config == FARConfig.preset("cifar", guidance=2.0, guidance_schedule="constant")
+    assert os.path.getsize(path) < 25e6 and model.config == FARConfig.preset("cifar", guidance=3.0, guidance_schedule="constant")
     labels = torch.tensor([0, 8, 4, 6]).repeat_interleave(16)
     x = torch.cat([x for _, x in sample.draw_images(model, labels, head_steps=6, progress=False)])
     pixels = x.clamp(-1, 1) / 2 + 0.5

@@ -26,7 +26,7 @@ from sample import add_settings, count_flops, list_folder, load_checkpoint, load
 
 DATA = {  # data set -> default preset and training settings
     "digits": dict(preset="digits", batch=64, lr=3e-3, ema=0.999, max_minutes=2.0),
-    **dict.fromkeys(("cifar10", "folder"), dict(preset="cifar", batch=128, lr=1e-3, ema=0.999, steps=2500)),
+    **dict.fromkeys(("cifar10", "folder"), dict(preset="cifar", batch=128, lr=1e-3, ema=0.999, steps=6000)),
     "imagenet64": dict(preset="imagenet64", batch=256, lr=4e-4, ema=0.9999, max_minutes=2880.0),
     "latents": dict(preset="far_b", batch=2048, lr=8e-4, ema=0.9999, max_minutes=2880.0),
 }
