@@ -223,8 +223,7 @@ def main(argv=None, count=False):
                 Image.fromarray(pixels[-1][i - start].squeeze()).save(os.path.join(args.png, f"{i:06d}.png"))
             grid += [image] if i in shown else []
             rows += [pictures(levels[i - start])] if i in strip else []
-    seconds = time.perf_counter() - begin
-    written = [save_grid(torch.stack(grid), os.path.join(args.out, "samples.png"), min(len(grid), 10 if len(grid) <= 100 else 20))]
+    seconds, written = time.perf_counter() - begin, [save_grid(torch.stack(grid), os.path.join(args.out, "samples.png"), min(len(grid), 10 if len(grid) <= 100 else 20))]
     written.append(save_grid(torch.cat(rows), os.path.join(args.out, "levels.png"), len(stops)))
     if args.npz:                                                                # named arr_0 and arr_1; there once it is whole
         with open(args.npz + ".part", "wb") as f:
