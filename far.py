@@ -206,7 +206,7 @@ def patchify(x, p):
     return x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
 
 def unpatchify(tokens, p, channels):
-    """Tokens [B, N, C p^2] -> square image [B, C, H, H]: the inverse of `patchify`. ValueError if N is no square."""
+    """Tokens [B, N, C p^2] -> square image [B, C, H, H]: the inverse of `patchify`. ValueError if N is no square or D another."""
     G = math.isqrt(tokens.shape[1])
     check(tokens.shape[1:] == (G * G, channels * p * p), f"tokens of shape {list(tokens.shape)} are no square grid of patches {channels} x {p} x {p}")
     return tokens.reshape(len(tokens), G, G, channels, p, p).permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), channels, G * p, G * p)
@@ -573,7 +573,7 @@ class FAR(nn.Module):
         def draw(*shape):                                                       # standard normal [B, *shape]
             return torch.cat([torch.randn(B // len(generators), *shape, generator=g, device=g.device if g else device) for g in generators]).to(device)
         guide = [1.0 if given is None else 1 + (c.guidance - 1) * i / levels if c.guidance_schedule == "linear" else c.guidance for i in range(levels)]
-        copies = 2 if any(guide[i] != 1 for i in states[:-1]) else 1                         # labelled half, then unlabelled half
+        copies = 2 if any(guide[i] != 1 for i in states[:-1]) else 1            # labelled half, then unlabelled half
         cond = torch.cat([self.condition(given, B), self.condition(None, B)][:copies])
         x, outputs = torch.zeros(B, c.channels, c.image_size, c.image_size, device=device), []
         cache, training = [{} for _ in self.transformer.blocks] if c.attention == "causal" else None, self.training

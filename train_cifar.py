@@ -33,8 +33,8 @@ DATA = {  # data set -> default preset and training settings
 SWEEPS = {  # name -> runs, each the flags of one
     "orderings": [*(f"--ordering {name}" for name in ORDERINGS), "--ordering high_to_low", "--levels 1"],
     "targets": ["--target full", "--target next", "--target residual"],
-    "levels": [*(f"--levels {','.join(f'{(i + 1) / F:.3g}' for i in range(F))}" for F in (1, 2, 4, 6, 8, 10)),
-               *(f"--levels {','.join(f'{(i + 1) / 10:.3g}' for i in range(10))} --stops {stops}" for stops in ("0.2,0.4,0.6,0.8,1", "0.3,0.6,1", "0.5,1", "1"))],
+    "levels": [f"--levels {','.join(f'{(i + 1) / F:.3g}' for i in range(F))}{stops}" for F, stops in
+               (*((F, "") for F in (1, 2, 4, 6, 8, 10)), *((10, f" --stops {s}") for s in ("0.2,0.4,0.6,0.8,1", "0.3,0.6,1", "0.5,1", "1")))],
     "components": ["", "--attention causal --levels-per-image 0", "--no-head-mixing", "--mask text", "--mask reference", "--loss-weighting",
                    "--head-steps 16,32,48", "--head-steps 48,32,16", "--step-rule locked"],
     **dict.fromkeys(("spectral_bias", "quantisation"), "tutorial.ipynb"),       # its cells that have the name as tag
