@@ -153,7 +153,7 @@ class FARConfig:
     mask: str = "none"                  # input masks, see mask_bounds
     loss_weighting: bool = False        # w_i of loss_weights
     label_dropout: float = 0.1          # share of labels dropped, for guidance
-    guidance: float = 1.0               # the sampler's settings from here on, see FAR.sample
+    guidance: object = 1.0              # float, or one a level; the sampler's settings from here on, see FAR.sample
     guidance_schedule: str = "linear"
     solver: str = "dpmpp_2m"
     head_steps: object = 12             # int, one int a level, or "paper" (40 to 100)
@@ -171,7 +171,7 @@ class FARConfig:
         for f in fields(self):
             value, least = getattr(self, f.name), 0 if f.name in ("num_classes", "cond_tokens", "cond_dim", "levels_per_image") else 1
             check(f.type is not int or isinstance(value, int) and value >= least, f"{f.name} is {value!r}; it must be a whole number of at least {least}")
-            check(f.type is not float or f.name == "guidance" or isinstance(value, (int, float)) and 0 <= value <= 1, f"{f.name} is {value!r}; it must lie in [0, 1]")
+            check(f.type is not float or isinstance(value, (int, float)) and 0 <= value <= 1, f"{f.name} is {value!r}; it must lie in [0, 1]")
             check(f.type is not bool or isinstance(value, bool), f"{f.name} is {value!r}; it must be True or False")
         self.patch_sizes = per_level(self.patch_size, len(self.levels), "patch_size")
         check(not any(self.image_size % p for p in self.patch_sizes), f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
@@ -179,8 +179,7 @@ class FARConfig:
         check(self.head_width % self.heads == 0 or not self.head_mixing, f"head_width {self.head_width} is not divisible by heads {self.heads}")
         check(self.levels_per_image <= len(self.levels), f"levels_per_image is {self.levels_per_image}, more than the {len(self.levels)} levels")
         check(self.cond_dim == 0 or self.cond_tokens > 0, "cond_dim needs cond_tokens, the number of embeddings a sample")
-        check(isinstance(self.guidance, (int, float)) and 0 <= self.guidance < math.inf, f"guidance is {self.guidance!r}; it must be a number of at least 0")
-        *_, coupling = [per_level(getattr(self, name), len(self.levels), name) for name in ("head_steps", "temperature", "coupling")]
+        *_, coupling = [per_level(getattr(self, name), len(self.levels), name) for name in ("guidance", "head_steps", "temperature", "coupling")]
         check(max(coupling) <= 1, f"coupling is {self.coupling}; it must lie in [0, 1]")
         self.num_tokens, self.token_dim = [(self.image_size // p) ** 2 for p in self.patch_sizes], [self.channels * p ** 2 for p in self.patch_sizes]  # N, D
 
@@ -552,7 +551,7 @@ class FAR(nn.Module):
         labels: int64 [B] or float [B, K, cond_dim]; or an int n for n images without label.
         known: (x, i) starts from what images x [B or 1, C, H, H] show at level i < F. generator: a torch.Generator, or a list of one an image.
         stops: fewer steps with the same model, for target full and attention markov, where any level can come next: those of the config's levels that are drawn, 1 among them.
-        settings (the config's by default): guidance g >= 0: the head's prediction is u + g_i (p - u), p with and u without label; guidance_schedule
+        settings (the config's by default): guidance g >= 0, or one a level: the head's prediction is u + g_i (p - u), p with and u without label; guidance_schedule
         "linear": g_i = 1 + (g - 1) i/F for i = 0 .. F-1 (none at the first level), "constant": g_i = g. head_steps: int, one a level, or "paper" (40 to
         100). solver: ddpm, ddim or dpmpp_2m (see Path.sample). temperature: factor on the head's noise, one a level, or "paper" (0.8 to 1). step_rule:
         "paper" x_{i+1} = P_{i+1} xhat, or "locked" x_{i+1} = x_i + P_{i+1} xhat - P_i xhat, which keeps what was known. coupling: rho in [0, 1], or one
@@ -560,7 +559,7 @@ class FAR(nn.Module):
         Returns [B, C, H, H] in about [-1, 1]; with return_levels [B, F, C, H, H], x_1 .. x_F (or the stops). ValueError on impossible arguments."""
         check(set(settings) <= set(SAMPLING), f"settings are {', '.join(settings)}; allowed: {', '.join(SAMPLING)}")
         c, device, levels = replace(self.config, **settings), self.data_scale.device, len(self.config.levels)
-        steps, temperature, coupling = (per_level(getattr(c, name), levels, name) for name in ("head_steps", "temperature", "coupling"))
+        guidance, steps, temperature, coupling = (per_level(getattr(c, name), levels, name) for name in ("guidance", "head_steps", "temperature", "coupling"))
         check(type(labels) is int and labels > 0 or torch.is_tensor(labels) and labels.ndim and len(labels), f"labels are {labels!r}; allowed: a tensor for one image or more, or their number")
         B, given = (labels, None) if type(labels) is int else (len(labels), labels.cpu())
         stops = c.levels if stops is None else stops if isinstance(stops, (list, tuple)) and (c.target, c.attention) == ("full", "markov") else ()
@@ -572,7 +571,7 @@ class FAR(nn.Module):
         check(len(generators) in (1, B) and all(isinstance(g, torch.Generator | None) for g in generators), f"generator must be a torch.Generator, or a list of one for each of {B} images")
         def draw(*shape):                                                       # standard normal [B, *shape]
             return torch.cat([torch.randn(B // len(generators), *shape, generator=g, device=g.device if g else device) for g in generators]).to(device)
-        guide = [1.0 if given is None else 1 + (c.guidance - 1) * i / levels if c.guidance_schedule == "linear" else c.guidance for i in range(levels)]
+        guide = [1.0 if given is None else 1 + (g - 1) * i / levels if c.guidance_schedule == "linear" else g for i, g in enumerate(guidance)]
         copies = 2 if any(guide[i] != 1 for i in states[:-1]) else 1            # labelled half, then unlabelled half
         cond = torch.cat([self.condition(given, B), self.condition(None, B)][:copies])
         x, outputs = torch.zeros(B, c.channels, c.image_size, c.image_size, device=device), []

@@ -651,6 +651,8 @@ def test_guidance_schedule_and_no_guidance_batch_where_it_is_1(settings, monkeyp
     labels = torch.tensor([1, 2, 3])
     got = model.sample(labels, guidance=4.0, head_steps=2, generator=seeded(), solver="ddim", temperature=1.0)
     assert sizes == [3, 3, 6, 6, 6, 6]
+    by_level = model.sample(labels, guidance=[1.0, 2.0, 3.0], guidance_schedule="constant", head_steps=2, generator=seeded(), solver="ddim", temperature=1.0)
+    assert torch.equal(by_level, got)
     sizes.clear(), model.sample(labels, head_steps=2)
     assert sizes == [3] * 6
     transformer, g, x, visible = model.transformer, seeded(), torch.zeros(3, 1, 8, 8), []
@@ -766,7 +768,7 @@ def test_wrong_inputs(images, labels, words):
     (torch.tensor([10]), {}, "0 .. 9"), (torch.tensor([0.5]), {}, "int64"), (0, {}, "one image or more"), (2, dict(head_steps=0), "at least 1"), (2, dict(head_steps=[1]), "levels"),
     (2, dict(solver="euler"), "ddim"), (2, dict(step_rule="free"), "locked"), (2, dict(guidance_schedule="cosine"), "constant"), (2, dict(guidance=-1.0), "at least 0"),
     (2, dict(temperature=[1.0]), "levels"), (2, dict(temperature=-1.0), "at least 0"), (2, dict(coupling=1.5), r"\[0, 1\]"), (2, dict(generator=[seeded()] * 3), "2 images"),
-    (2, dict(coupling="paper"), "coupling is 'paper'"), (2, dict(guidance=math.inf), "guidance is inf"), (2, dict(guidance="2"), "must be a number"), (True, {}, "labels are True"),
+    (2, dict(coupling="paper"), "coupling is 'paper'"), (2, dict(guidance=math.inf), "guidance is inf"), (2, dict(guidance="2"), "must be a number"), (2, dict(guidance=[1, 2]), "each of 3 levels"), (True, {}, "labels are True"),
     (2, dict(temperature=math.inf), "temperature is inf"), (2, dict(generator=5), "torch.Generator"), (2, dict(steps=5), "head_steps"), (2, dict(width=5), "head_steps"),
     (2, dict(known=(torch.zeros(3, 1, 8, 8), 1)), "1 or 2 images"), (2, dict(known=(torch.zeros(2, 1, 8, 8), 3)), r"\[0, 1, 2\]"), (2, dict(known=(torch.zeros(2, 1, 9, 9), 1)), "shape"),
     *((2, dict(stops=stops), "stops must be") for stops in ((0.5,), (0.3, 1.0), (), 1.0)), (2, dict(stops=(0.5, 1.0), known=(torch.zeros(1, 1, 8, 8), 1)), r"\[0, 2\]"),
@@ -1018,13 +1020,13 @@ def test_an_ordering_of_the_user(tmp_path, monkeypatch, capsys):
 
 def test_a_sweep_resumes_and_writes_a_table_and_a_plot(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(train_cifar.SWEEPS, "targets", ["--target next", "--ordering high_to_low --levels 0.5,1", "--ordering high_to_low --levels 0.5,1 --stops 1"])
+    monkeypatch.setitem(train_cifar.SWEEPS, "targets", ["--target next", "--ordering high_to_low --levels 0.5,1", "--ordering high_to_low --levels 0.5,1 | --stops 1"])
     command, mains = [*SMALL, "--sweep", "targets", "--steps", "2", "--head-steps", "1", "--seed", "7", "--out", "elsewhere"], []
     train_cifar.main(command)
     rows = list(csv.DictReader(open("out/targets.csv")))
     assert [(row["run"], row["seed"]) for row in rows] == [(run, seed) for run in train_cifar.SWEEPS["targets"] for seed in "012"]
     assert len({row["fd"] for row in rows}) == 9 and [[bool(row[f"deviation_{i}"]) for i in (1, 2, 3)] for row in rows[::3]] == [[1, 1, 1], [1, 1, 0], [0, 1, 0]]
-    assert len(list(pathlib.Path("out/targets").glob("*/ckpt.pt"))) == 6 and Image.open("out/targets.png").size[0] > 500
+    assert len(list(pathlib.Path("out/targets").glob("*/ckpt.pt"))) == 6 and all(Image.open(f"out/targets{part}.png").size[0] > 500 for part in ("", "_loss"))
     run, = (str(path) for path in pathlib.Path("out/targets").glob("target_next_seed_1_*"))
     model, state = sample.load_checkpoint(f"{run}/ckpt.pt")
     assert state["settings"]["seed"] == 1

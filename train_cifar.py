@@ -30,20 +30,19 @@ DATA = {  # data set -> default preset and training settings
     "imagenet64": dict(preset="imagenet64", batch=256, lr=4e-4, ema=0.9999, max_minutes=2880.0),
     "latents": dict(preset="far_b", batch=2048, lr=8e-4, ema=0.9999, max_minutes=2880.0),
 }
-SWEEPS = {  # name -> runs, each the flags of one
+SWEEPS = {  # name -> runs, each the flags of one; after a bar those of sample.py: the same model, trained once, drawn otherwise
     "orderings": [*(f"--ordering {name}" for name in ORDERINGS), "--ordering high_to_low", "--levels 1"],
     "targets": ["--target full", "--target next", "--target residual"],
     "levels": [f"--levels {','.join(f'{(i + 1) / F:.3g}' for i in range(F))}{stops}" for F, stops in
-               (*((F, "") for F in (1, 2, 4, 6, 8, 10)), *((10, f" --stops {s}") for s in ("0.2,0.4,0.6,0.8,1", "0.3,0.6,1", "0.5,1", "1")))],
+               (*((F, "") for F in (1, 2, 4, 6, 8, 10)), *((10, f" | --stops {s}") for s in ("0.2,0.4,0.6,0.8,1", "0.3,0.6,1", "0.5,1", "1")))],
     "components": ["", "--attention causal --levels-per-image 0", "--no-head-mixing", "--mask text", "--mask reference", "--loss-weighting",
-                   "--head-steps 16,32,48", "--head-steps 48,32,16", "--step-rule locked"],
+                   " | --head-steps 16,32,48", " | --head-steps 48,32,16", " | --step-rule locked"],
     **dict.fromkeys(("spectral_bias", "quantisation"), "tutorial.ipynb"),       # its cells that have the name as tag
 }
 DIGITS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "digits.npz")
 KEPT = "data seed batch steps max_minutes lr lr_schedule warmup weight_decay clip ema flip bf16 grad_accum".split()  # by a resumed run, unless told otherwise
 
 # --- Data: load(path, config, skip_bad) -> images uint8 [n, C, H, H] (or the moments of latents), labels int64 [n], dict(classes=names, ..)
-
 def load_digits(*_):
     """1,797 real 8 x 8 digits of the UCI optical recognition set, values 0..16 stored as 0..255."""
     d = np.load(DIGITS)
@@ -179,7 +178,6 @@ def epoch_order(n, epoch, seed):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
 
 # --- Training --------------------------------------------------------------------------------------------------------
-
 def make_optimizer(model, lr, weight_decay):
     """AdamW (0.9, 0.95); weight decay on the weights of linear layers only: none on biases, norms and embeddings."""
     decayed = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
@@ -206,8 +204,7 @@ def train(args, config, images, labels, info):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     torch.backends.cuda.enable_flash_sdp(device.type == "cuda" or not args.bf16)  # on a CPU its backward pass in bfloat16 is slow
     network = torch.compile(model) if args.compile else model
-    if world > 1:
-        network = torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+    network = torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False) if world > 1 else network
     if device.type == "cuda" and images.nbytes < 0.4 * torch.cuda.mem_get_info(device)[0]:
         images, labels = images.to(device), labels.to(device)
     steps, limit = args.steps or float("inf"), 60 * args.max_minutes if args.max_minutes else float("inf")
@@ -255,8 +252,7 @@ def train(args, config, images, labels, info):
                 good = bool(np.isfinite(mean) and first_bad == torch.inf)
                 by_level = (ema if good else model).level_losses(x[:128], None if y is None else y[:128]).tolist()
             bad = [i + 1 for i, value in enumerate(by_level) if not np.isfinite(value)]
-            kept = f"{ckpt} holds the last good state, for --resume" if os.path.exists(ckpt) else "nothing was saved yet"
-            check(good and not bad, f"the loss or its gradient is not finite since step {min(first_bad.item(), state['step']):.0f}, levels {bad or 'unknown'}: lower --lr; {kept}")
+            check(good and not bad, f"the loss or its gradient is not finite since step {min(first_bad.item(), state['step']):.0f}, levels {bad or 'unknown'}: lower --lr" + f"; {ckpt} holds the last good state, for --resume" * os.path.exists(ckpt))
             state["log"].append([state["step"], round(state["seconds"], 1), round(rate, 1), round(mean, 5), *(round(value, 5) for value in by_level)])
             writer.writerow(state["log"][-1])
             bar.set_postfix_str(f"step {state['step']}, loss {mean:.4f}, {rate:.0f} images/s, {100 * rate * share:.0f} % of peak", refresh=False)
@@ -274,31 +270,35 @@ def train(args, config, images, labels, info):
         print(f"wrote {ckpt} and {log.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {rate:.3g} images/s, peak memory {memory / 2 ** 30:.2f} GiB")
 
 # --- Command line ----------------------------------------------------------------------------------------------------
-
 def sweep(name, argv):
     """Does the runs of SWEEPS[name], each with seeds 0, 1, 2, and compares their samples with the digits: see --sweep."""
     if SWEEPS[name] == "tutorial.ipynb":
         cells = json.loads(Path(__file__).with_name("tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
         return exec("\n".join("".join(cell["source"]) for cell in cells if name in cell["metadata"].get("tags", [])), {})
     ORDERINGS["high_to_low"] = lambda x, keep: x - dct(x, 1 - keep)             # the control that should lose
-    rows, key = [], digest([], argv)                                            # other flags, other runs
+    rows, logs, key = [], {}, digest([], argv)                                  # other flags, other runs
     for flags, seed in itertools.product(SWEEPS[name], "012"):
-        run, *stops = flags.split(" --stops ")                                  # the same model with fewer of its levels: trained once
-        out = os.path.join("out", name, "".join(run.split("--")).replace(" ", "_") + f"_seed_{seed}_{key}")
-        file = Path(out, f"scores{','.join(stops)}.json")
-        if not os.path.exists(os.path.join(out, "scores.json")):
-            main([*argv, *run.split(), "--data", "digits", "--seed", seed, "--out", out, "--overwrite"])
+        run, _, drawn = flags.partition(" | ")
+        out = Path("out", name, "".join(run.split("--")).replace(" ", "_") + f"_seed_{seed}_{key}")
+        file, common = out / f"scores{drawn.replace(' ', '_')}.json", ["--seed", seed, "--out", str(out)]
+        if not (out / "scores.json").exists():
+            main([*argv, *run.split(), "--data", "digits", "--overwrite", *common])
         if not file.exists():
-            file.write_text(json.dumps(sample.main(["--ckpt", os.path.join(out, "ckpt.pt"), "--n", "1797", "--seed", seed, "--real", DIGITS, "--out", out, *(f"--stops={s}" for s in stops)])))
+            file.write_text(json.dumps(sample.main(["--ckpt", str(out / "ckpt.pt"), "--n", "1797", "--real", DIGITS, *common, *drawn.split()])))
+        logs[run or "default"] = np.loadtxt(out / "log.csv", delimiter=",", skiprows=1, ndmin=2)
         rows.append(dict(run=flags or "default", seed=seed, **json.loads(file.read_text())))
-    with open(os.path.join("out", f"{name}.csv"), "w", newline="") as f:
+    with open(f"out/{name}.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, max(rows, key=len))
         writer.writeheader(), writer.writerows(rows)
     figure, axes = plt.subplots(1, 4, sharey=True, figsize=(12, 1 + 0.3 * len(SWEEPS[name])), layout="constrained")
     for axis, metric in zip(axes, ("fd", "precision", "recall", "class_acc")):
         axis.plot([row[metric] for row in rows], [row["run"] for row in rows], "o", alpha=0.6), axis.set_title(metric), axis.grid(alpha=0.3)
-    axes[0].invert_yaxis(), figure.savefig(os.path.join("out", f"{name}.png"))
-    print(f"wrote out/{name}.csv and out/{name}.png")
+    axes[0].invert_yaxis(), figure.savefig(f"out/{name}.png")
+    figure, axes = plt.subplots(1, len(logs), sharey=True, squeeze=False, figsize=(3 * len(logs), 3), layout="constrained")
+    for axis, (run, log) in zip(axes[0], logs.items()):                         # loss of each level over training, seed 2
+        axis.plot(log[:, 0], log[:, 4:], label=[f"level {i}" for i in range(1, log.shape[1] - 3)]), axis.set_title(run.replace(" --", "\n--"), fontsize=8)
+    axes[0, 0].legend(), figure.savefig(f"out/{name}_loss.png")
+    print(f"wrote out/{name}.csv, out/{name}.png and out/{name}_loss.png")
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False)
