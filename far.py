@@ -551,8 +551,8 @@ class FAR(nn.Module):
         labels: int64 [B] or float [B, K, cond_dim]; or an int n for n images without label.
         known: (x, i) starts from what images x [B or 1, C, H, H] show at level i < F. generator: a torch.Generator, or a list of one an image.
         stops: fewer steps with the same model, for target full and attention markov, where any level can come next: those of the config's levels that are drawn, 1 among them.
-        settings (the config's by default): guidance g >= 0, or one a level: the head's prediction is u + g_i (p - u), p with and u without label; guidance_schedule
-        "linear": g_i = 1 + (g - 1) i/F for i = 0 .. F-1 (none at the first level), "constant": g_i = g. head_steps: int, one a level, or "paper" (40 to
+        settings (the config's by default): guidance: the head's prediction is u + g_i (p - u), p with and u without label; one g_i >= 0 a level, or g for all:
+        guidance_schedule "linear": g_i = 1 + (g - 1) i/F for i = 0 .. F-1 (none at the first level), "constant": g_i = g. head_steps: int, one a level, or "paper" (40 to
         100). solver: ddpm, ddim or dpmpp_2m (see Path.sample). temperature: factor on the head's noise, one a level, or "paper" (0.8 to 1). step_rule:
         "paper" x_{i+1} = P_{i+1} xhat, or "locked" x_{i+1} = x_i + P_{i+1} xhat - P_i xhat, which keeps what was known. coupling: rho in [0, 1], or one
         a level: see couple_noise; the token grid falls into k x k cells, k = round(keep_{i+1} H), but where k reaches the grid's side nothing is coupled.
@@ -571,7 +571,8 @@ class FAR(nn.Module):
         check(len(generators) in (1, B) and all(isinstance(g, torch.Generator | None) for g in generators), f"generator must be a torch.Generator, or a list of one for each of {B} images")
         def draw(*shape):                                                       # standard normal [B, *shape]
             return torch.cat([torch.randn(B // len(generators), *shape, generator=g, device=g.device if g else device) for g in generators]).to(device)
-        guide = [1.0 if given is None else 1 + (g - 1) * i / levels if c.guidance_schedule == "linear" else g for i, g in enumerate(guidance)]
+        linear = c.guidance_schedule == "linear" and isinstance(c.guidance, (int, float))
+        guide = [1.0 if given is None else 1 + (g - 1) * i / levels if linear else g for i, g in enumerate(guidance)]
         copies = 2 if any(guide[i] != 1 for i in states[:-1]) else 1            # labelled half, then unlabelled half
         cond = torch.cat([self.condition(given, B), self.condition(None, B)][:copies])
         x, outputs = torch.zeros(B, c.channels, c.image_size, c.image_size, device=device), []

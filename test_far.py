@@ -651,7 +651,7 @@ def test_guidance_schedule_and_no_guidance_batch_where_it_is_1(settings, monkeyp
     labels = torch.tensor([1, 2, 3])
     got = model.sample(labels, guidance=4.0, head_steps=2, generator=seeded(), solver="ddim", temperature=1.0)
     assert sizes == [3, 3, 6, 6, 6, 6]
-    by_level = model.sample(labels, guidance=[1.0, 2.0, 3.0], guidance_schedule="constant", head_steps=2, generator=seeded(), solver="ddim", temperature=1.0)
+    by_level = model.sample(labels, guidance=[1.0, 2.0, 3.0], head_steps=2, generator=seeded(), solver="ddim", temperature=1.0)
     assert torch.equal(by_level, got)
     sizes.clear(), model.sample(labels, head_steps=2)
     assert sizes == [3] * 6

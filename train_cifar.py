@@ -3,8 +3,6 @@
     python train_cifar.py --data digits                                   # two minutes on a laptop, writes out/digits/
     python train_cifar.py --data cifar10                                  # downloads CIFAR-10; or --data folder --path DIR, with DIR/train/<class>/*.jpg
     torchrun --nproc_per_node=8 train_cifar.py --data imagenet64 --path DIR --compile
-
-Every setting of the model (far.FARConfig) is a flag; --data X --help shows the values that X takes by default.
 """
 import argparse, contextlib, copy, csv, functools, hashlib, itertools, json, os, pickle, resource, shutil, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +35,8 @@ SWEEPS = {  # name -> runs, each the flags of one; after a bar those of sample.p
                (*((F, "") for F in (1, 2, 4, 6, 8, 10)), *((10, f" | --stops {s}") for s in ("0.2,0.4,0.6,0.8,1", "0.3,0.6,1", "0.5,1", "1")))],
     "components": ["", "--attention causal --levels-per-image 0", "--no-head-mixing", "--mask text", "--mask reference", "--loss-weighting",
                    " | --head-steps 16,32,48", " | --head-steps 48,32,16", " | --step-rule locked"],
+    "diversity": [f"--target {target} --patch-size 2 --head-steps 8{head}{drawn}" for target in ("full", "next") for head in ("", " --no-head-mixing") for drawn in
+                  ("", *(f" | {flags}" for flags in ("--coupling 0.1", "--coupling 0.3", "--step-rule locked", "--temperature 1", "--temperature 1.1", "--guidance 2,1,1", "--guidance 1,2,2")))],
     **dict.fromkeys(("spectral_bias", "quantisation"), "tutorial.ipynb"),       # its cells that have the name as tag
 }
 DIGITS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "digits.npz")
@@ -286,7 +286,7 @@ def sweep(name, argv):
         if not file.exists():
             file.write_text(json.dumps(sample.main(["--ckpt", str(out / "ckpt.pt"), "--n", "1797", "--real", DIGITS, *common, *drawn.split()])))
         logs[run or "default"] = np.loadtxt(out / "log.csv", delimiter=",", skiprows=1, ndmin=2)
-        rows.append(dict(run=flags or "default", seed=seed, **json.loads(file.read_text())))
+        rows.append(dict(run=flags.strip(" |") or "default", seed=seed, **json.loads(file.read_text())))
     with open(f"out/{name}.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, max(rows, key=len))
         writer.writeheader(), writer.writerows(rows)
@@ -296,8 +296,8 @@ def sweep(name, argv):
     axes[0].invert_yaxis(), figure.savefig(f"out/{name}.png")
     figure, axes = plt.subplots(1, len(logs), sharey=True, squeeze=False, figsize=(3 * len(logs), 3), layout="constrained")
     for axis, (run, log) in zip(axes[0], logs.items()):                         # loss of each level over training, seed 2
-        axis.plot(log[:, 0], log[:, 4:], label=[f"level {i}" for i in range(1, log.shape[1] - 3)]), axis.set_title(run.replace(" --", "\n--"), fontsize=8)
-    axes[0, 0].legend(), figure.savefig(f"out/{name}_loss.png")
+        axis.plot(log[:, 0], log[:, 4:], label=[f"level {i}" for i in range(1, log.shape[1] - 3)]), axis.set_title(run.replace(" --", "\n--"), fontsize=8), axis.legend(fontsize=6)
+    figure.savefig(f"out/{name}_loss.png")
     print(f"wrote out/{name}.csv, out/{name}.png and out/{name}_loss.png")
 
 def parse_args(argv=None):
