@@ -1040,6 +1040,18 @@ def test_a_sweep_resumes_and_writes_a_table_and_a_plot(tmp_path, monkeypatch):
     assert mains == [run] and list(csv.DictReader(open("out/targets.csv"))) == rows
 
 
+def test_every_run_of_a_sweep_is_possible(tmp_path, monkeypatch):
+    """Hours of runs must not end at a wrong flag: all train a valid model, and each way of drawing draws from one."""
+    monkeypatch.setitem(ORDERINGS, "high_to_low", lambda x, keep: x - far.dct(x, 1 - keep))
+    runs = [flags.partition(" | ")[::2] for runs in train_cifar.SWEEPS.values() if isinstance(runs, list) for flags in runs]
+    for drawn, run in {drawn: run for run, drawn in runs}.items():
+        config = train_cifar.parse_args(run.split()).config
+        torch.save(dict(config=config.to_dict(), ema=FAR(config).state_dict()), tmp_path / "ckpt.pt")
+        sample.main(["--ckpt", str(tmp_path / "ckpt.pt"), "--n", "2", "--out", str(tmp_path), *drawn.split()])
+    for run in {run for run, _ in runs}:
+        assert train_cifar.parse_args(run.split()).config.num_classes == 10
+
+
 def test_the_experiments_of_the_tutorial_are_sweeps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path), monkeypatch.setenv("FAR_FAST", "1")
     for name in ("quantisation", "spectral_bias"):
