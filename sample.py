@@ -216,11 +216,11 @@ def main(argv=None, count=False):
     grid, rows, pixels, begin = [], [], [], time.perf_counter()
     for start, levels in draw_images(model, labels, args.seed, args.batch, bf16=args.bf16, return_levels=True, **settings):
         images = pictures(levels[:, -1])
-        pixels.append(to_uint8(images).permute(0, 2, 3, 1).numpy())             # [B, H, W, C]
-        kept += [levels] if real else []
+        shades = to_uint8(images).permute(0, 2, 3, 1).numpy()                   # [B, H, W, C]
+        pixels, kept = pixels + [shades] * bool(args.npz or real), kept + [levels] * bool(real)
         for i, image in enumerate(images, start):
             if args.png:
-                Image.fromarray(pixels[-1][i - start].squeeze()).save(os.path.join(args.png, f"{i:06d}.png"))
+                Image.fromarray(shades[i - start].squeeze()).save(os.path.join(args.png, f"{i:06d}.png"))
             grid += [image] if i in shown else []
             rows += [pictures(levels[i - start])] if i in strip else []
     seconds, written = time.perf_counter() - begin, [save_grid(torch.stack(grid), os.path.join(args.out, "samples.png"), min(len(grid), 10 if len(grid) <= 100 else 20))]
