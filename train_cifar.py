@@ -297,7 +297,7 @@ def sweep(name, argv):
     figure, axes = plt.subplots(1, len(logs), sharey=True, squeeze=False, figsize=(3 * len(logs), 3), layout="constrained")
     for axis, (run, log) in zip(axes[0], logs.items()):                         # loss of each level over training, seed 2
         axis.plot(log[:, 0], log[:, 4:], label=[f"level {i}" for i in range(1, log.shape[1] - 3)]), axis.set_title(run.replace(" --", "\n--"), fontsize=8), axis.legend(fontsize=6)
-    figure.savefig(f"out/{name}_loss.png")
+    figure.supxlabel("step"), figure.supylabel("loss"), figure.savefig(f"out/{name}_loss.png")
     print(f"wrote out/{name}.csv, out/{name}.png and out/{name}_loss.png")
 
 def parse_args(argv=None):
