@@ -571,7 +571,7 @@ class FAR(nn.Module):
         check(len(generators) in (1, B) and all(isinstance(g, torch.Generator | None) for g in generators), f"generator must be a torch.Generator, or a list of one for each of {B} images")
         def draw(*shape):                                                       # standard normal [B, *shape]
             return torch.cat([torch.randn(B // len(generators), *shape, generator=g, device=g.device if g else device) for g in generators]).to(device)
-        linear = c.guidance_schedule == "linear" and isinstance(c.guidance, (int, float))
+        linear = c.guidance_schedule == "linear" and torch.as_tensor(c.guidance).ndim == 0
         guide = [1.0 if given is None else 1 + (g - 1) * i / levels if linear else g for i, g in enumerate(guidance)]
         copies = 2 if any(guide[i] != 1 for i in states[:-1]) else 1            # labelled half, then unlabelled half
         cond = torch.cat([self.condition(given, B), self.condition(None, B)][:copies])

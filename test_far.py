@@ -651,8 +651,8 @@ def test_guidance_schedule_and_no_guidance_batch_where_it_is_1(settings, monkeyp
     labels = torch.tensor([1, 2, 3])
     got = model.sample(labels, guidance=4.0, head_steps=2, generator=seeded(), solver="ddim", temperature=1.0)
     assert sizes == [3, 3, 6, 6, 6, 6]
-    by_level = model.sample(labels, guidance=[1.0, 2.0, 3.0], head_steps=2, generator=seeded(), solver="ddim", temperature=1.0)
-    assert torch.equal(by_level, got)
+    for same in ([1.0, 2.0, 3.0], torch.tensor([1.0, 2.0, 3.0]), torch.tensor(4.0)):  # a list is taken as it stands, one number follows the schedule
+        assert torch.equal(model.sample(labels, guidance=same, head_steps=2, generator=seeded(), solver="ddim", temperature=1.0), got)
     sizes.clear(), model.sample(labels, head_steps=2)
     assert sizes == [3] * 6
     transformer, g, x, visible = model.transformer, seeded(), torch.zeros(3, 1, 8, 8), []

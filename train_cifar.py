@@ -279,7 +279,7 @@ def sweep(name, argv):
     rows, logs, key = [], {}, digest([], argv)                                  # other flags, other runs
     for flags, seed in itertools.product(SWEEPS[name], "012"):
         run, _, drawn = flags.partition(" | ")
-        out = Path("out", name, "".join(run.split("--")).replace(" ", "_") + f"_seed_{seed}_{key}")
+        out = Path("out", name, run.replace("--", "").replace(" ", "_") + f"_seed_{seed}_{key}")
         file, common = out / f"scores{drawn.replace(' ', '_')}.json", ["--seed", seed, "--out", str(out)]
         if not (out / "scores.json").exists():
             main([*argv, *run.split(), "--data", "digits", "--overwrite", *common])
