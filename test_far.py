@@ -1281,6 +1281,16 @@ def test_folder_memory_map_is_used_again_and_built_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(train_cifar, "read_image", lambda path, size, channels: reads.append(path) or read_image(path, size, channels))
     assert load(2, skip_bad=True) == ([20, 200, 40, 50], 4, 5)
 
+    def beside(path, size, channels):                                           # a second first run while this one builds
+        if path.endswith("2.png"):
+            monkeypatch.setattr(train_cifar, "read_image", read_image)
+            assert train_cifar.load_folder("set[1].v2", folder_config(1), skip_bad=True)[0][:, 0, 0, 0].tolist() == [20, 200, 40, 50]
+        return read_image(path, size, channels)
+    monkeypatch.setattr(train_cifar, "read_image", beside)
+    assert train_cifar.load_folder("set[1].v2", folder_config(1), skip_bad=True)[0][:, 0, 0, 0].tolist() == [20, 200, 40, 50]
+    assert len(os.listdir("data")) == 4                                         # a folder a size: no unfinished one is left
+
+
 
 def write_imagenet64(folder, evil=None):
     for k in range(1, 11):

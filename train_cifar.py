@@ -4,7 +4,7 @@
     python train_cifar.py --data cifar10                                  # downloads CIFAR-10; or --data folder --path DIR, with DIR/train/<class>/*.jpg
     torchrun --nproc_per_node=8 train_cifar.py --data imagenet64 --path DIR --compile
 """
-import argparse, contextlib, copy, csv, functools, hashlib, itertools, json, os, pickle, resource, shutil, signal, sys, time
+import argparse, contextlib, copy, csv, functools, hashlib, itertools, json, os, pickle, resource, shutil, signal, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from datetime import timedelta
@@ -65,15 +65,16 @@ def memory_map(path, key, shape, chunks):
     folder = Path("data", f"{os.path.basename(os.path.abspath(path))}-{'x'.join(map(str, shape[1:]))}-{digest([], os.path.abspath(path))}")
     finished = folder / f"labels-{key}.npy"
     if not finished.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        array, labels = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape), []
-        for images, more in chunks:
-            array[len(labels):len(labels) + len(more)] = images
-            labels += more
-        check(labels, f"{path} holds no image that can be read")
-        array.flush(), np.save(folder / "labels.npy", labels)
-        (folder / "labels.npy").rename(finished)
+        folder.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as part:  # its own: another run may do the same
+            array, labels = np.lib.format.open_memmap(Path(part, "images.npy"), "w+", np.uint8, shape), []
+            for images, more in chunks:
+                array[len(labels):len(labels) + len(more)] = images
+                labels += more
+            check(labels, f"{path} holds no image that can be read")
+            array.flush(), np.save(Path(part, finished.name), labels)
+            if not finished.exists():
+                shutil.rmtree(folder, ignore_errors=True), os.rename(part, folder)
     labels = torch.from_numpy(np.load(finished))
     return torch.from_numpy(np.load(folder / "images.npy", mmap_mode="c")[:len(labels)]), labels
 
@@ -378,8 +379,7 @@ def main(argv=None):
     check(tuple(shape) == (config.channels, config.image_size, config.image_size),
           f"--data {args.data} has images of {list(shape)}, the model takes [{config.channels}, {config.image_size}, {config.image_size}]: choose another --preset or --image-size and --channels")
     classes = len(info["classes"])
-    if "num_classes" not in args.given and not args.resume:
-        config.num_classes = classes
+    config.num_classes = config.num_classes if args.resume or "num_classes" in args.given else classes
     check(config.num_classes == 0 or config.num_classes >= classes, f"{classes} classes of images, but num_classes is {config.num_classes}")
     check(args.batch <= len(images), f"--batch {args.batch} is more than the {len(images)} images")
     os.makedirs(args.out, exist_ok=True)
