@@ -1291,7 +1291,6 @@ def test_folder_memory_map_is_used_again_and_built_anew(tmp_path, monkeypatch):
     assert len(os.listdir("data")) == 4                                         # a folder a size: no unfinished one is left
 
 
-
 def write_imagenet64(folder, evil=None):
     for k in range(1, 11):
         data = np.full((2, 3, 64, 64), k, np.uint8)

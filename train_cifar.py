@@ -56,25 +56,25 @@ def load_cifar10(path, *_):
 
 def digest(files, *more):
     """Changes when the names, sizes or times of the files do, or anything else given."""
-    stats = [(os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps([stats, more]).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([[(os.path.abspath(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files], more]).encode()).hexdigest()[:12]
 
 def memory_map(path, key, shape, chunks):
-    """data/<name>-<size>-<place>/images.npy, uint8 [n, C, H, H], filled from `chunks` (pairs of images [m, C, H, H] and m labels), and then
-    labels-<key>.npy, int64 [n]; used again while the key is the same, and built anew otherwise."""
+    """data/<name>-<size>-<place>/images.npy, uint8 [n, C, H, H], and labels-<key>.npy, int64 [n], of `chunks`: pairs of images [m, C, H, H] and m labels; built anew for another key."""
     folder = Path("data", f"{os.path.basename(os.path.abspath(path))}-{'x'.join(map(str, shape[1:]))}-{digest([], os.path.abspath(path))}")
     finished = folder / f"labels-{key}.npy"
     if not finished.exists():
         folder.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as part:  # its own: another run may do the same
-            array, labels = np.lib.format.open_memmap(Path(part, "images.npy"), "w+", np.uint8, shape), []
+        with tempfile.TemporaryDirectory(dir=folder.parent) as part:            # its own: another run may do the same
+            new = Path(part, folder.name)                                       # with the usual permissions, which `part` has not
+            new.mkdir()
+            array, labels = np.lib.format.open_memmap(new / "images.npy", "w+", np.uint8, shape), []
             for images, more in chunks:
                 array[len(labels):len(labels) + len(more)] = images
                 labels += more
             check(labels, f"{path} holds no image that can be read")
-            array.flush(), np.save(Path(part, finished.name), labels)
+            array.flush(), np.save(new / finished.name, labels)
             if not finished.exists():
-                shutil.rmtree(folder, ignore_errors=True), os.rename(part, folder)
+                shutil.rmtree(folder, ignore_errors=True), new.rename(folder)
     labels = torch.from_numpy(np.load(finished))
     return torch.from_numpy(np.load(folder / "images.npy", mmap_mode="c")[:len(labels)]), labels
 
