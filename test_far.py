@@ -1625,6 +1625,21 @@ def test_notebook_runs_shortened_and_stands_executed(tmp_path, monkeypatch):
     assert "laws of high_to_low: all hold" in text and os.listdir(tmp_path) == ["out"]
 
 
+def test_calibrated_coupling_gives_the_deviation_of_the_data():
+    """calibrate_coupling of the notebook, on a model whose levels deviate (0.7 + rho) times as much as the data's, the last two less: rho of the first
+    becomes 0.3, to a 32nd from below; the others, whose cells are no larger than tokens, stay 0; a level that varies enough stays 0 too."""
+    with open(os.path.join(ROOT, "tutorial.ipynb"), encoding="utf-8") as f:
+        source, = (text for text in ("".join(cell["source"]) for cell in json.load(f)["cells"]) if "def calibrate_coupling" in text)
+    calibrate, model, images = {"np": np, "torch": torch}, tiny(), torch.randn(500, 1, 8, 8, generator=seeded())
+    exec(source[:source.index("fine, _ =")], calibrate)
+    for first, expected in ((0.7, 0.3), (1.1, 0.0)):
+        def draw(labels, coupling, generator, return_levels):
+            return torch.stack([(share + rho) * model.project(images, i + 1) for i, (share, rho) in enumerate(zip((first, 0.5, 0.5), coupling))], 1)
+        model.sample = draw
+        rho = calibrate["calibrate_coupling"](model, images, torch.arange(500) % 10)
+        assert expected - 1 / 32 <= rho[0] <= expected and rho[1:] == [0, 0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Exercises: each is one or two functions of far.py. exercise_NAME(far) grades a module far; no exercise needs another one's functions.
 
