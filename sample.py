@@ -175,7 +175,7 @@ def main(argv=None, count=False):
     add_settings(p.add_argument_group("sampling, see FAR.sample"), SAMPLING)
     p.add_argument("--paper", action="store_true", help="--solver ddpm --head-steps paper --temperature paper, unless given")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast: a little coarser; faster on CUDA (default there) and on CPUs with AVX-512, slower on others")
+    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast: a little coarser; faster on CUDA (default there) and on CPUs with bfloat16 arithmetic, slower on others")
     args = p.parse_args(argv)
     check(args.n >= 1 and args.batch >= 1 and args.seed >= 0, "--n and --batch must be at least 1, --seed at least 0")
     device = use_device(args.device)
