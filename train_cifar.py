@@ -24,7 +24,7 @@ from sample import add_settings, count_flops, list_folder, load_checkpoint, load
 
 DATA = {  # data set -> default preset and training settings
     "digits": dict(preset="digits", batch=64, lr=3e-3, ema=0.999, max_minutes=2.0),
-    **dict.fromkeys(("cifar10", "folder"), dict(preset="cifar", batch=128, lr=1e-3, ema=0.999, steps=6000)),
+    **dict.fromkeys(("cifar10", "folder"), dict(preset="cifar", batch=512, lr=2e-3, warmup=500, ema=0.9995, steps=17500)),
     "imagenet64": dict(preset="imagenet64", batch=256, lr=4e-4, ema=0.9999, max_minutes=2880.0),
     "latents": dict(preset="far_b", batch=2048, lr=8e-4, ema=0.9999, max_minutes=2880.0),
 }
@@ -326,7 +326,7 @@ def parse_args(argv=None):
                        ("compile", "torch.compile the model"), ("checkpoint-activations", "less memory, a third more arithmetic")):
         p.add_argument("--" + name, action="store_true", help=text)
     for name, default, text in (("batch", defaults["batch"], "images a step, over all processes"), ("grad_accum", 1, "parts that a process splits its share of a batch into"),
-                                ("seed", 0, "of weights, order and noise"), ("lr", defaults["lr"], "learning rate"), ("warmup", 100, "steps of rising learning rate"),
+                                ("seed", 0, "of weights, order and noise"), ("lr", defaults["lr"], "learning rate"), ("warmup", defaults.get("warmup", 100), "steps of rising learning rate"),
                                 ("weight_decay", 0.02, "of AdamW"), ("clip", 1.0, "bound on the gradient's norm"), ("ema", defaults["ema"], "decay of the averaged weights"),
                                 ("log_every", 100, "steps between lines of log.csv"), ("save_minutes", 5.0, "minutes between checkpoints")):
         p.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=f"{text} (default: %(default)s)")
@@ -365,7 +365,7 @@ def main(argv=None):
     check(args.resume or args.overwrite or args.cache_latents or not os.path.exists(ckpt), f"{ckpt} exists: add --resume to continue it, --overwrite to start again, or choose another --out")
     args.device = use_device(args.device)
     if not dist.is_initialized():                                               # a single process is a group of one
-        dist.init_process_group(timeout=timedelta(hours=12), **({} if world > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if world > 1 and args.device.type == "cuda" else "gloo", timeout=timedelta(hours=12), **({} if world > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)))
     if args.cache_latents:
         check(args.vae and args.path, "--cache-latents needs --vae, a name or folder, and --path, the folder to write")
         return cache_latents(args.cache_latents, args.vae, args.path, args.image_size or 256, args.device)
