@@ -114,9 +114,9 @@ def draw_images(model, labels, seed=0, batch=250, progress=True, bf16=False, **s
     for start in tqdm(range(0, n, batch), unit="batch", desc="sample", disable=not progress):
         stop = min(start + batch, n)
         generators = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(start, stop)]
-        with torch.autocast(model.data_scale.device.type, torch.bfloat16, enabled=bf16):
+        with torch.inference_mode(), torch.autocast(model.data_scale.device.type, torch.bfloat16, enabled=bf16):
             images = model.sample(stop - start if isinstance(labels, int) else labels[start:stop], generator=generators, **settings).cpu()
-        yield start, images                                                     # outside of autocast, which would last in the caller
+        yield start, images.clone()                                             # outside of both modes, which would last in the caller; usual tensors
 
 def parse_labels(text, n, num_classes):
     """"0-9", "3", "1,5,7-9" or "none" and a number of images -> int64 [n], sorted evenly over the classes, or the int n for "none"."""

@@ -1125,8 +1125,10 @@ def test_bfloat16_sampling_is_close(digits):
     model, _ = sample.load_checkpoint(os.path.join(digits, "ckpt.pt"))
     a, b = (torch.cat([x for _, x in sample.draw_images(model, torch.arange(40) % 10, bf16=bf16, progress=False)]) for bf16 in (False, True))
     assert not torch.equal(a, b) and a.dtype == b.dtype == torch.float32 and (a - b).abs().mean() < 0.05
-    for _ in sample.draw_images(model, torch.arange(3), bf16=True, progress=False):
-        assert not torch.is_autocast_enabled("cpu")                             # the caller's own arithmetic stays as it was
+    draw = model.sample
+    model.sample = lambda *rest, **settings: draw(*rest, **settings) if torch.is_inference_mode_enabled() else 1 / 0
+    for _, x in sample.draw_images(model, torch.arange(3), bf16=True, progress=False):
+        assert not torch.is_autocast_enabled("cpu") and not torch.is_inference_mode_enabled() and not x.is_inference()  # the caller's own modes stay as they were
 
 
 @pytest.mark.parametrize("flags, steps, minutes", [([], None, 2.0), (["--steps", "7"], 7, None), (["--max-minutes", "3"], None, 3.0), (["--steps", "7", "--max-minutes", "3"], 7, 3.0),
