@@ -1,7 +1,7 @@
 """Train FAR on digits, CIFAR-10, ImageNet-64, a folder of images or VAE latents; on a CPU, a GPU or many.
 
     python train_cifar.py --data digits                                   # two minutes on a laptop, writes out/digits/
-    python train_cifar.py --data cifar10 --compile                        # downloads CIFAR-10 (a GPU: 11 minutes; a CPU: days); or --data folder --path DIR, with DIR/train/<class>/*.jpg
+    python train_cifar.py --data cifar10 --compile                        # downloads CIFAR-10 (11 minutes on an H100, days on a CPU); or --data folder --path DIR, with DIR/train/<class>/*.jpg
     torchrun --nproc_per_node=8 train_cifar.py --data imagenet64 --path DIR --compile
 """
 import argparse, contextlib, copy, csv, functools, hashlib, itertools, json, os, pickle, resource, shutil, signal, sys, tempfile, time
