@@ -46,14 +46,12 @@ def dct(x, keep):
 
 @exact_ends
 def blur(x, keep):
-    """Gaussian low-pass, amplitude 1/2 at keep H/2 cycles per image. Soft, so not idempotent: target full filters each x
-    once and does not mind; next and residual filter the drawn x_{i+1} a second time."""
+    """Gaussian low-pass, amplitude 1/2 at keep H/2 cycles per image: soft, so not idempotent. Target full filters each x once; next and residual filter a drawn one again."""
     return in_cosines(x, lambda f: torch.exp(-math.log(2) * (2 * f / (keep * x.shape[-1])) ** 2))
 
 @exact_ends
 def resize(x, keep):
-    """Area down-sampling to k x k, k = max(1, round(keep H)), and bicubic up-sampling: what the published code runs.
-    Shapes and range as in `fourier`. Nearly, but not exactly, a projection."""
+    """Area down-sampling to k x k, k = max(1, round(keep H)), and bicubic up-sampling, as in the published code: nearly a projection. Shapes and range as in `fourier`."""
     k = max(1, round(keep * x.shape[-1]))
     return nn.functional.interpolate(nn.functional.interpolate(x, size=(k, k), mode="area"), size=x.shape[-2:], mode="bicubic")
 
@@ -306,7 +304,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(c.width, c.heads, c.dropout) for _ in range(c.depth))
 
     def embed(self, tokens, i, cond):
-        """Tokens of x_i [B, N, D], cond [B, K or 1, W] -> [B, N, W]."""
+        """Tokens of x_i [B, N, D], i a number or [B], cond [B, K or 1, W] -> [B, N, W]."""
         x = self.input[str(tokens.shape[2])](tokens)
         if self.training and self.c.mask != "none":                             # mask mechanism
             share = masked_share(self.mask_bounds[i].expand(len(x)))[:, None]   # [B, 1]
@@ -314,12 +312,12 @@ class Transformer(nn.Module):
             x = torch.where((rank < share * x.shape[1])[..., None], self.mask_token.to(x.dtype), x)
         grid = self.position.T.unflatten(1, 2 * [math.isqrt(len(self.position))])  # [W, G, G]
         position = nn.functional.adaptive_avg_pool2d(grid, math.isqrt(x.shape[1])).flatten(1).T  # [N, W], the mean over each coarser token
-        return x + position + self.level.weight[i] + cond.mean(1, keepdim=True)
+        return x + position + self.level.weight[i, None] + cond.mean(1, keepdim=True)
 
     def forward(self, blocks, first, cond, cache=None):
         """blocks: tokens [B, N, D] of x_i, i = first, first + 1, ..; cond [B, 1 or K, W] (FAR.condition) -> list of z_i [B, N, W]. Training with causal attention:
-        all levels at once. Sampling, and markov: one level a call; causal attention then keeps keys and values in `cache`, a dict a block, empty at first."""
-        x, K = [self.embed(tokens, i, cond) for i, tokens in enumerate(blocks, first)], self.c.cond_tokens
+        all levels at once; markov: one block, first [B], images of several levels. Sampling: a level a call; causal keeps keys and values in `cache`, a dict a block."""
+        x, K = [self.embed(tokens, first + n, cond) for n, tokens in enumerate(blocks)], self.c.cond_tokens
         lengths, cond = [block.shape[1] for block in x], cond + self.cond_position if K else cond[:, :0]  # cond [B, K, W]
         start = not (cache and cache[0])                                        # the condition block comes with the first levels
         h = torch.cat([cond, *x] if start else x, 1)
@@ -417,9 +415,9 @@ class DiffusionHead(nn.Module):
             nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
 
     def project(self, z, i, cond):
-        """z [S, N, W] of level i, label condition [S, 1 or K, W] -> (z [S, N, w], modulation [S, 1 or N, w]): once per level, not
+        """z [S, N, W] of level i (or i [S]), label condition [S, 1 or K, W] -> (z [S, N, w], modulation [S, 1 or N, w]): once per level, not
         once per step. The z of a token steers that token; with mixing, the mean z and the label steer all."""
-        z, level = self.condition(z), self.level.weight[i]
+        z, level = self.condition(z), self.level.weight[i, None]
         return z, level + (z.mean(1, keepdim=True) + self.label(cond.mean(1, keepdim=True)) if self.mixing else z)
 
     def forward(self, x_t, t, projected):
@@ -509,17 +507,20 @@ class FAR(nn.Module):
         c, F, images = self.config, len(self.config.levels), self.as_images(images)
         B, causal, cond = len(images), c.attention == "causal", self.condition(labels, len(images), c.label_dropout if self.training else 0.0)
         k = F if causal else max(k, -(-F // B))
-        order = torch.rand(B, device=images.device).argsort().repeat(k)         # its F equal parts: which images train which level
-        visible = lambda rows, i: patchify(self.project(images[rows], i), c.patch_sizes[i])
-        together = self.transformer([visible(order[:B], i) for i in range(F)], 0, cond[order[:B]]) if causal else None
-        losses = []
-        for i in range(F):
-            rows = order[i * k * B // F:(i + 1) * k * B // F]                   # [b]
-            z = together[i] if causal else self.transformer([visible(rows, i)], i, cond[rows])[0]
-            target = self.band(patchify(images[rows], c.patch_sizes[i]), i) / self.data_scale[i]
-            noise = self.band(torch.randn_like(target.repeat_interleave(c.head_draws, 0)), i) / self.noise_scale[i]
-            losses.append(self.head.loss(target, noise, z, i, cond[rows], functools.partial(self.band, i=i)))
-        return losses
+        order = torch.rand(B, device=images.device).argsort().repeat(k)
+        parts = [order[i * k * B // F:(i + 1) * k * B // F] for i in range(F)]  # [b] each: the images of every level
+        visible = [patchify(self.project(images[rows], i), p) for i, (rows, p) in enumerate(zip(parts, c.patch_sizes))]
+        z, losses = self.transformer(visible, 0, cond[parts[0]]) if causal else None, {}
+        for p in set(c.patch_sizes):                                            # levels with patches of one size go through the networks as one batch
+            group = [i for i in range(F) if c.patch_sizes[i] == p]
+            rows, level = torch.cat([parts[i] for i in group]), torch.cat([torch.full_like(parts[i], i) for i in group])
+            split = lambda x: x.split([len(parts[i]) * len(x) // len(rows) for i in group])
+            band = lambda x: torch.cat([self.band(part, i) for part, i in zip(split(x), group)])
+            h = torch.cat([z[i] for i in group]) if causal else self.transformer([torch.cat([visible[i] for i in group])], level, cond[rows])[0]
+            target = band(patchify(images[rows], p)) / self.data_scale[level, None, None]
+            noise = band(torch.randn_like(target.repeat_interleave(c.head_draws, 0))) / self.noise_scale[level.repeat_interleave(c.head_draws), None, None]
+            losses.update(zip(group, split(self.head.loss(target, noise, h, level, cond[rows], band))))
+        return [losses[i] for i in range(F)]
 
     def forward(self, images, labels=None):
         """Training loss, a scalar: the mean over images and levels of w_i times the diffusion loss; w_i = 1 without loss_weighting."""
@@ -550,12 +551,11 @@ class FAR(nn.Module):
         """Draws images level by level: z_i from the transformer, xhat from the head, x_{i+1} by the step rule.
         labels: int64 [B] or float [B, K, cond_dim]; or an int n for n images without label.
         known: (x, i) starts from what images x [B or 1, C, H, H] show at level i < F. generator: a torch.Generator, or a list of one an image.
-        stops: fewer steps with the same model, for target full and attention markov, where any level can come next: those of the config's levels that are drawn, 1 among them.
+        stops: some of the config's levels, 1 among them: the model takes these steps alone (for target full and attention markov, where any level can come next).
         settings (the config's by default): guidance: the head's prediction is u + g_i (p - u), p with and u without label; one g_i >= 0 a level, or g for all:
-        guidance_schedule "linear": g_i = 1 + (g - 1) i/F for i = 0 .. F-1 (none at the first level), "constant": g_i = g. head_steps: int, one a level, or "paper" (40 to
-        100). solver: ddpm, ddim or dpmpp_2m (see Path.sample). temperature: factor on the head's noise, one a level, or "paper" (0.8 to 1). step_rule:
-        "paper" x_{i+1} = P_{i+1} xhat, or "locked" x_{i+1} = x_i + P_{i+1} xhat - P_i xhat, which keeps what was known. coupling: rho in [0, 1], or one
-        a level: see couple_noise; the token grid falls into k x k cells, k = round(keep_{i+1} H), but where k reaches the grid's side nothing is coupled.
+        guidance_schedule "linear": g_i = 1 + (g - 1) i/F for i = 0 .. F-1 (none at the first level), "constant": g_i = g. head_steps: int, one a level, or "paper"
+        (40 to 100). solver: see Path.sample. temperature: factor on the head's noise, one a level, or "paper" (0.8 to 1). step_rule: "paper" x_{i+1} = P_{i+1} xhat, or
+        "locked" x_{i+1} = x_i + P_{i+1} xhat - P_i xhat, which keeps what was known. coupling: rho of couple_noise, or one a level, for k x k cells, k = round(keep_{i+1} H).
         Returns [B, C, H, H] in about [-1, 1]; with return_levels [B, F, C, H, H], x_1 .. x_F (or the stops). ValueError on impossible arguments."""
         check(set(settings) <= set(SAMPLING), f"settings are {', '.join(settings)}; allowed: {', '.join(SAMPLING)}")
         c, device, levels = replace(self.config, **settings), self.data_scale.device, len(self.config.levels)

@@ -205,7 +205,7 @@ def main(argv=None, count=False):
         settings = dict(step_rule="locked") | settings | dict(known=(torch.tensor(picture)[None], keeps.index(args.keep)))
     settings, stops = settings | dict(stops=args.stops), [keep for keep in c.levels if not args.stops or keep in args.stops]
     arrays = np.load(args.real).values() if args.real and zipfile.is_zipfile(args.real) else []
-    real, kept = sorted((torch.from_numpy(x) for x in arrays if isinstance(x, np.ndarray) and x.dtype.kind in "iu"), key=torch.Tensor.dim, reverse=True), []
+    real = sorted((torch.from_numpy(x) for x in arrays if isinstance(x, np.ndarray) and x.dtype.kind in "iu"), key=torch.Tensor.dim, reverse=True)
     check(not args.real or [x.shape[1:] for x in real] == [(c.image_size, c.image_size, c.channels), ()] and len(real[0]) == len(real[1]) > 5 and real[0].dtype == torch.uint8
           and args.n > 5 and torch.is_tensor(labels) and not vae, f"--real {args.real} must be an npz file of more than 5 uint8 images [m, H, H, C] of the model's size and m labels; it needs --labels, --n above 5 and no VAE")
     check(not os.path.isdir(args.npz or ""), f"--npz {args.npz} is a folder; name a file")
@@ -213,7 +213,7 @@ def main(argv=None, count=False):
         os.makedirs(folder or ".", exist_ok=True)
     shown = np.unique(np.linspace(0, args.n - 1, min(args.n, 400)).round().astype(int))  # all, or 400 spread evenly over the classes
     strip = range(min(args.n, 10)) if isinstance(labels, int) else np.unique(labels.numpy(), return_index=True)[1][:10]
-    grid, rows, pixels, begin = [], [], [], time.perf_counter()
+    grid, rows, pixels, kept, begin = [], [], [], [], time.perf_counter()
     for start, levels in draw_images(model, labels, args.seed, args.batch, bf16=args.bf16, return_levels=True, **settings):
         images = pictures(levels[:, -1])
         shades = to_uint8(images).permute(0, 2, 3, 1).numpy()                   # [B, H, W, C]
@@ -223,8 +223,8 @@ def main(argv=None, count=False):
                 Image.fromarray(shades[i - start].squeeze()).save(os.path.join(args.png, f"{i:06d}.png"))
             grid += [image] if i in shown else []
             rows += [pictures(levels[i - start])] if i in strip else []
-    seconds, written = time.perf_counter() - begin, [save_grid(torch.stack(grid), os.path.join(args.out, "samples.png"), min(len(grid), 10 if len(grid) <= 100 else 20))]
-    written.append(save_grid(torch.cat(rows), os.path.join(args.out, "levels.png"), len(stops)))
+    seconds = time.perf_counter() - begin
+    written = [save_grid(torch.stack(grid), f"{args.out}/samples.png", 10 if args.n <= 100 else 20), save_grid(torch.cat(rows), f"{args.out}/levels.png", len(stops))]
     if args.npz:                                                                # named arr_0 and arr_1; there once it is whole
         with open(args.npz + ".part", "wb") as f:
             np.savez(f, np.concatenate(pixels), *([labels] if torch.is_tensor(labels) else []))

@@ -453,22 +453,52 @@ def test_inputs_targets_and_noise_of_each_level(target, attention, monkeypatch):
     """x_i comes in; the target, the noise and the error lie in what the level draws, in units where the noise (and the residual) has deviation 1."""
     model, images = tiny(target=target, ordering="dct", patch_size=(4, 4, 2), attention=attention, levels_per_image=0), torch.randn(500, 1, 8, 8)
     model.set_scales(images)
-    seen = []
+    inputs, losses, white = {}, {}, torch.randn(500, 1, 8, 8)
     order = torch.arange(500).roll(7)
+    def transformer(blocks, first, cond, cache=None):
+        for n, block in enumerate(blocks):
+            level = torch.as_tensor(first + n).expand(len(block))
+            inputs.update((i, block[level == i]) for i in level.unique().tolist())
+        return [torch.zeros(len(block), block.shape[1], 16) for block in blocks]
+    def loss(target, noise, z, level, cond, band):
+        cut = band(patchify(white, model.config.patch_sizes[level[0]]).repeat(len(level) // 500, 1, 1))
+        losses.update((i, [x[level == i] for x in (target, noise, band(noise), cut)]) for i in level.unique().tolist())
+        return torch.zeros(len(z))
     monkeypatch.setattr(torch, "rand", lambda *shape, device=None: order.argsort() / 500)
-    monkeypatch.setattr(model.transformer, "forward", lambda blocks, first, cond, cache=None: seen.extend(zip(range(first, 3), blocks)) or [torch.zeros(len(b), b.shape[1], 16) for b in blocks])
-    monkeypatch.setattr(model.head, "loss", lambda target, noise, z, i, cond, band: seen.append((i, target, noise, band)) or torch.zeros(len(z)))
+    monkeypatch.setattr(model.transformer, "forward", transformer), monkeypatch.setattr(model.head, "loss", loss)
     model.level_losses(images, torch.arange(500) % 10)
     x = [far.dct(images[order], keep) for keep in (0, 0.25, 0.5, 1)]
-    inputs, losses = [entry for entry in seen if len(entry) == 2], [entry for entry in seen if len(entry) == 4]
-    white = torch.randn(500, 1, 8, 8)
     for i, p in enumerate((4, 4, 2)):
-        assert inputs[i][0] == losses[i][0] == i and torch.allclose(inputs[i][1], patchify(x[i], p), atol=1e-5)
+        assert torch.allclose(inputs[i], patchify(x[i], p), atol=1e-5)
         part = lambda x: {"full": x, "next": far.dct(x, model.config.levels[i]), "residual": far.dct(x, model.config.levels[i]) - far.dct(x, (0, *model.config.levels)[i])}[target]
-        _, got, noise, band = losses[i]
+        got, noise, noise_again, cut = losses[i]
         assert torch.allclose(got, patchify(part(images[order]) / (part(images).std() if target == "residual" else 1), p), atol=1e-4)
-        assert noise.std().item() == pytest.approx(1, abs=0.05) and torch.allclose(band(noise), noise, atol=1e-4) and noise.shape == got.shape
-        assert torch.allclose(band(patchify(white, p)), patchify(part(white), p), atol=1e-4)
+        assert noise.std().item() == pytest.approx(1, abs=0.05) and torch.allclose(noise_again, noise, atol=1e-4) and noise.shape == got.shape
+        assert torch.allclose(cut, patchify(part(white), p), atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [dict(CAUSAL), dict(levels_per_image=1), dict(levels_per_image=2, head_mixing=False, cond_tokens=2), dict(levels_per_image=0)])
+@pytest.mark.parametrize("B", [5, 12])
+def test_levels_in_one_batch_have_the_losses_of_each_alone(settings, B, monkeypatch):
+    """Levels with patches of one size share a batch: unequal shares of 5 images, two noises a token and other units at each level."""
+    model, images, labels = tiny(target="residual", patch_size=(4, 2, 4), head_draws=2, **settings), torch.randn(B, 1, 8, 8), torch.arange(B) % 10
+    model.set_scales(images)
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.sin(1000 * x + torch.arange(len(x)).view(-1, 1, 1) % 2))
+    monkeypatch.setattr(far.Path, "draw_t", lambda self, *shape, device=None: torch.full(shape, 0.5))
+    k = settings.get("levels_per_image", 0) or 3
+    torch.manual_seed(3)
+    losses = model.losses(images, labels, k)
+    torch.manual_seed(3)
+    order, cond = torch.rand(B).argsort().repeat(k), model.condition(labels, B)
+    for i, p in enumerate((4, 2, 4)):
+        rows = order[i * k * B // 3:(i + 1) * k * B // 3]
+        seen = lambda j: patchify(model.project(images[rows], j), model.config.patch_sizes[j])
+        z = model.transformer([seen(j) for j in range(i + 1)], 0, cond[rows])[i] if "attention" in settings else model.transformer([seen(i)], i, cond[rows])[0]
+        band = lambda x: model.band(x, i)
+        target = band(patchify(images[rows], p)) / model.data_scale[i]
+        noise = band(torch.randn_like(target.repeat_interleave(2, 0))) / model.noise_scale[i]
+        assert torch.allclose(losses[i], model.head.loss(target, noise, z, i, cond[rows], band), rtol=1e-4)
+    assert len(losses) == 3 and sum(map(len, losses)) == B * k and min(map(len, losses)) > 0
 
 
 def test_the_loss_judges_what_the_sampler_uses():
@@ -495,7 +525,7 @@ def test_every_image_trains_k_levels_and_every_level_its_share(B, k, monkeypatch
     """Images carry their index: each meets k different levels (all, where the batch is too small for a share of one), levels share evenly."""
     model, seen = tiny(levels_per_image=k, levels=(0.25, 0.5, 1.0)), []
     monkeypatch.setattr(model.transformer, "forward", lambda blocks, i, cond, cache=None: [torch.zeros(len(blocks[0]), 16, 16)])
-    monkeypatch.setattr(model.head, "loss", lambda target, noise, z, i, cond, band: seen.extend((round(x), i) for x in target[:, 0, 0].tolist()) or torch.zeros(len(z)))
+    monkeypatch.setattr(model.head, "loss", lambda target, noise, z, i, cond, band: seen.extend((round(x), j) for x, j in zip(target[:, 0, 0].tolist(), i.tolist())) or torch.zeros(len(z)))
     for _ in range(2):
         seen.clear(), model(torch.arange(float(B)).view(B, 1, 1, 1).expand(-1, 1, 8, 8), torch.zeros(B, dtype=torch.int64))
         k = max(k, -(-3 // B))
@@ -509,7 +539,7 @@ def test_every_image_trains_k_levels_and_every_level_its_share(B, k, monkeypatch
 def test_loss_is_the_weighted_mean_over_levels(weighting, levels_per_image, monkeypatch):
     """Each level's loss is set to 10^i: the mean is known."""
     model = tiny(loss_weighting=weighting, levels_per_image=levels_per_image)
-    monkeypatch.setattr(model.head, "loss", lambda target, noise, z, i, cond, band: torch.full((len(z),), 10.0 ** i))
+    monkeypatch.setattr(model.head, "loss", lambda target, noise, z, i, cond, band: 10.0 ** i)
     loss = model(torch.zeros(30, 1, 8, 8), torch.zeros(30, dtype=torch.int64))
     w = [1.5, 1 + math.sqrt(3) / 2, 2] if weighting else [1, 1, 1]
     assert loss.item() == pytest.approx((w[0] + 10 * w[1] + 100 * w[2]) / 3, rel=1e-5)

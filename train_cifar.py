@@ -379,7 +379,7 @@ def main(argv=None):
     check(tuple(shape) == (config.channels, config.image_size, config.image_size),
           f"--data {args.data} has images of {list(shape)}, the model takes [{config.channels}, {config.image_size}, {config.image_size}]: choose another --preset or --image-size and --channels")
     classes = len(info["classes"])
-    config.num_classes = config.num_classes if args.resume or "num_classes" in args.given else classes
+    config = config if args.resume or "num_classes" in args.given else replace(config, num_classes=classes)
     check(config.num_classes == 0 or config.num_classes >= classes, f"{classes} classes of images, but num_classes is {config.num_classes}")
     check(args.batch <= len(images), f"--batch {args.batch} is more than the {len(images)} images")
     os.makedirs(args.out, exist_ok=True)
