@@ -46,7 +46,8 @@ def dct(x, keep):
 
 @exact_ends
 def blur(x, keep):
-    """Gaussian low-pass, amplitude 1/2 at keep H/2 cycles per image: soft, so not idempotent. Target full filters each x once; next and residual filter a drawn one again."""
+    """Gaussian low-pass, amplitude 1/2 at keep H/2 cycles per image: soft, so not idempotent: target full filters each x
+    once and does not mind; next and residual filter the drawn x_{i+1} a second time. Shapes and range as in `fourier`."""
     return in_cosines(x, lambda f: torch.exp(-math.log(2) * (2 * f / (keep * x.shape[-1])) ** 2))
 
 @exact_ends
@@ -316,7 +317,7 @@ class Transformer(nn.Module):
 
     def forward(self, blocks, first, cond, cache=None):
         """blocks: tokens [B, N, D] of x_i, i = first, first + 1, ..; cond [B, 1 or K, W] (FAR.condition) -> list of z_i [B, N, W]. Training with causal attention:
-        all levels at once; markov: one block, first [B], images of several levels. Sampling: a level a call; causal keeps keys and values in `cache`, a dict a block."""
+        all levels at once; with markov: one block, first [B] for images of several levels. Sampling: a level a call; causal keeps keys and values in `cache`, a dict a block."""
         x, K = [self.embed(tokens, first + n, cond) for n, tokens in enumerate(blocks)], self.c.cond_tokens
         lengths, cond = [block.shape[1] for block in x], cond + self.cond_position if K else cond[:, :0]  # cond [B, K, W]
         start = not (cache and cache[0])                                        # the condition block comes with the first levels
@@ -433,7 +434,7 @@ class DiffusionHead(nn.Module):
 
     def loss(self, target, noise, z, i, cond, band=lambda prediction: prediction):
         """target [S, N, D], normal noise of deviation 1 [S draws, N, D], conditions as in `project` -> mean squared error of the prediction, [S], over
-        `head_draws` draws of (t, noise). Where targets lie in a part of the space only, `band` projects predictions there."""
+        `head_draws` draws of (t, noise). Where targets lie in a part of the space only, `band` projects predictions [S draws, N, D] there."""
         projected = [a.repeat_interleave(self.draws, 0) for a in self.project(z, i, cond)]
         t = self.path.draw_t(len(noise), 1 if self.mixing else noise.shape[1], device=noise.device)
         x_t, want = self.path.noise(target.repeat_interleave(self.draws, 0), noise, t[..., None])
@@ -506,20 +507,19 @@ class FAR(nn.Module):
         and at least one; with causal attention all train all."""
         c, F, images = self.config, len(self.config.levels), self.as_images(images)
         B, causal, cond = len(images), c.attention == "causal", self.condition(labels, len(images), c.label_dropout if self.training else 0.0)
-        k = F if causal else max(k, -(-F // B))
-        order = torch.rand(B, device=images.device).argsort().repeat(k)
-        parts = [order[i * k * B // F:(i + 1) * k * B // F] for i in range(F)]  # [b] each: the images of every level
-        visible = [patchify(self.project(images[rows], i), p) for i, (rows, p) in enumerate(zip(parts, c.patch_sizes))]
-        z, losses = self.transformer(visible, 0, cond[parts[0]]) if causal else None, {}
-        for p in set(c.patch_sizes):                                            # levels with patches of one size go through the networks as one batch
+        order = torch.rand(B, device=images.device).argsort().repeat(F if causal else max(k, -(-F // B)))
+        rows = order.tensor_split(F)                                            # [b] each: the images that train level i
+        visible = [patchify(self.project(images[r], i), p) for i, (r, p) in enumerate(zip(rows, c.patch_sizes))]
+        target = [self.band(patchify(images[r], p), i) / self.data_scale[i] for i, (r, p) in enumerate(zip(rows, c.patch_sizes))]
+        noise = [self.band(torch.randn_like(x.repeat_interleave(c.head_draws, 0)), i) / self.noise_scale[i] for i, x in enumerate(target)]
+        z, losses = self.transformer(visible, 0, cond[rows[0]]) if causal else None, {}
+        for p in dict.fromkeys(c.patch_sizes):                                  # levels with patches of one size go through the networks as one batch
             group = [i for i in range(F) if c.patch_sizes[i] == p]
-            rows, level = torch.cat([parts[i] for i in group]), torch.cat([torch.full_like(parts[i], i) for i in group])
-            split = lambda x: x.split([len(parts[i]) * len(x) // len(rows) for i in group])
-            band = lambda x: torch.cat([self.band(part, i) for part, i in zip(split(x), group)])
-            h = torch.cat([z[i] for i in group]) if causal else self.transformer([torch.cat([visible[i] for i in group])], level, cond[rows])[0]
-            target = band(patchify(images[rows], p)) / self.data_scale[level, None, None]
-            noise = band(torch.randn_like(target.repeat_interleave(c.head_draws, 0))) / self.noise_scale[level.repeat_interleave(c.head_draws), None, None]
-            losses.update(zip(group, split(self.head.loss(target, noise, h, level, cond[rows], band))))
+            join = lambda parts: torch.cat([parts[i] for i in group])
+            band = lambda x: torch.cat([self.band(part, i) for i, part in zip(group, x.split([len(noise[i]) for i in group]))])
+            level, label = join([torch.full_like(r, i) for i, r in enumerate(rows)]), cond[join(rows)]
+            z_group = join(z) if causal else self.transformer([join(visible)], level, label)[0]
+            losses.update(zip(group, self.head.loss(join(target), join(noise), z_group, level, label, band).split([len(rows[i]) for i in group])))
         return [losses[i] for i in range(F)]
 
     def forward(self, images, labels=None):
@@ -555,8 +555,8 @@ class FAR(nn.Module):
         settings (the config's by default): guidance: the head's prediction is u + g_i (p - u), p with and u without label; one g_i >= 0 a level, or g for all:
         guidance_schedule "linear": g_i = 1 + (g - 1) i/F for i = 0 .. F-1 (none at the first level), "constant": g_i = g. head_steps: int, one a level, or "paper"
         (40 to 100). solver: see Path.sample. temperature: factor on the head's noise, one a level, or "paper" (0.8 to 1). step_rule: "paper" x_{i+1} = P_{i+1} xhat, or
-        "locked" x_{i+1} = x_i + P_{i+1} xhat - P_i xhat, which keeps what was known. coupling: rho of couple_noise, or one a level, for k x k cells, k = round(keep_{i+1} H).
-        Returns [B, C, H, H] in about [-1, 1]; with return_levels [B, F, C, H, H], x_1 .. x_F (or the stops). ValueError on impossible arguments."""
+        "locked" x_{i+1} = x_i + P_{i+1} xhat - P_i xhat, which keeps what was known. coupling: rho in [0, 1] of couple_noise, or one a level; k x k cells, k = round(keep_{i+1} H),
+        none where k reaches the token grid's side. Returns [B, C, H, H] in about [-1, 1], or with return_levels [B, F, C, H, H], x_1 .. x_F (or stops). ValueError on bad arguments."""
         check(set(settings) <= set(SAMPLING), f"settings are {', '.join(settings)}; allowed: {', '.join(SAMPLING)}")
         c, device, levels = replace(self.config, **settings), self.data_scale.device, len(self.config.levels)
         guidance, steps, temperature, coupling = (per_level(getattr(c, name), levels, name) for name in ("guidance", "head_steps", "temperature", "coupling"))

@@ -73,7 +73,7 @@ def count_flops(function):
 def matmul_rate(device, dtype):
     """Floating-point operations a second of a large matrix product: the peak that training is measured against."""
     from torch.utils.benchmark import Timer                                     # slow to import, and not needed to draw
-    n = 8192 if device.type == "cuda" else 512
+    n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n ** 3 / Timer("a @ a", globals=dict(a=a), num_threads=torch.get_num_threads()).blocked_autorange().median
 
@@ -224,7 +224,7 @@ def main(argv=None, count=False):
             grid += [image] if i in shown else []
             rows += [pictures(levels[i - start])] if i in strip else []
     seconds = time.perf_counter() - begin
-    written = [save_grid(torch.stack(grid), f"{args.out}/samples.png", 10 if args.n <= 100 else 20), save_grid(torch.cat(rows), f"{args.out}/levels.png", len(stops))]
+    written = [save_grid(torch.stack(grid), os.path.join(args.out, "samples.png"), 10 if args.n <= 100 else 20), save_grid(torch.cat(rows), os.path.join(args.out, "levels.png"), len(stops))]
     if args.npz:                                                                # named arr_0 and arr_1; there once it is whole
         with open(args.npz + ".part", "wb") as f:
             np.savez(f, np.concatenate(pixels), *([labels] if torch.is_tensor(labels) else []))

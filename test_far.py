@@ -477,21 +477,21 @@ def test_inputs_targets_and_noise_of_each_level(target, attention, monkeypatch):
         assert torch.allclose(cut, patchify(part(white), p), atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [dict(CAUSAL), dict(levels_per_image=1), dict(levels_per_image=2, head_mixing=False, cond_tokens=2), dict(levels_per_image=0)])
-@pytest.mark.parametrize("B", [5, 12])
+@pytest.mark.parametrize("settings", [dict(CAUSAL), dict(CAUSAL, cond_dim=5), dict(levels_per_image=1), dict(levels_per_image=2, head_mixing=False, cond_tokens=2), dict(levels_per_image=0)])
+@pytest.mark.parametrize("B", [2, 5, 12])
 def test_levels_in_one_batch_have_the_losses_of_each_alone(settings, B, monkeypatch):
     """Levels with patches of one size share a batch: unequal shares of 5 images, two noises a token and other units at each level."""
-    model, images, labels = tiny(target="residual", patch_size=(4, 2, 4), head_draws=2, **settings), torch.randn(B, 1, 8, 8), torch.arange(B) % 10
+    model, images, labels = tiny(target="residual", patch_size=(4, 2, 4), head_draws=2, **settings), torch.randn(B, 1, 8, 8), torch.randn(B, 2, 5) if "cond_dim" in settings else torch.arange(B) % 10
     model.set_scales(images)
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.sin(1000 * x + torch.arange(len(x)).view(-1, 1, 1) % 2))
     monkeypatch.setattr(far.Path, "draw_t", lambda self, *shape, device=None: torch.full(shape, 0.5))
-    k = settings.get("levels_per_image", 0) or 3
+    k = max(settings.get("levels_per_image", 0) or 3, -(-3 // B))
     torch.manual_seed(3)
     losses = model.losses(images, labels, k)
     torch.manual_seed(3)
     order, cond = torch.rand(B).argsort().repeat(k), model.condition(labels, B)
     for i, p in enumerate((4, 2, 4)):
-        rows = order[i * k * B // 3:(i + 1) * k * B // 3]
+        rows = torch.from_numpy(np.array_split(order.numpy(), 3)[i])
         seen = lambda j: patchify(model.project(images[rows], j), model.config.patch_sizes[j])
         z = model.transformer([seen(j) for j in range(i + 1)], 0, cond[rows])[i] if "attention" in settings else model.transformer([seen(i)], i, cond[rows])[0]
         band = lambda x: model.band(x, i)
@@ -580,12 +580,13 @@ def test_label_dropping():
 
 def test_mask_replaces_the_drawn_share_of_tokens(monkeypatch):
     model = tiny(mask="text").train()
-    monkeypatch.setattr(far, "masked_share", lambda lower: torch.full_like(lower, 0.75))
-    tokens = torch.randn(50, 3, 16, 4)
-    embed = lambda: torch.stack([model.transformer.embed(tokens[:, i], i, torch.zeros(50, 1, 16)) for i in range(3)], 1)
+    bounds, tokens = [], torch.randn(50, 3, 16, 4)
+    monkeypatch.setattr(far, "masked_share", lambda lower: bounds.append(lower) or torch.full_like(lower, 0.75))
+    embed = lambda: model.transformer.embed(tokens.flatten(0, 1), torch.arange(3).repeat(50), torch.zeros(150, 1, 16)).unflatten(0, (50, 3))
     masked = embed()
     model.transformer.eval()
     clean = embed()
+    assert len(bounds) == 1 and torch.equal(bounds[0], mask_bounds(3, "text").repeat(50))
     changed = (masked - clean).abs().amax(-1) > 1e-6
     assert (changed.sum(-1) == 12).all() and 0.6 < changed.float().mean((0, 1)).min()   # 0.75 of 16 tokens, every place alike
     position = model.transformer.mask_token + model.transformer.position + model.transformer.level.weight[:, None]  # [3, 16, 16]
@@ -1523,14 +1524,14 @@ def test_compiled_training_equals_uncompiled(tmp_path, monkeypatch):
     """The captured graphs, run by PyTorch's own operators (no C++ compiler), leave the same weights."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     for name, extra in (("a", []), ("b", ["--compile"])):
-        train_cifar.main([*SMALL, "--steps", "3", "--out", str(tmp_path / name), *extra])
+        train_cifar.main([*SMALL, "--patch-size", "4,2,4", "--steps", "3", "--out", str(tmp_path / name), *extra])
     first, second = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True)["model"] for d in "ab")
     assert all(torch.allclose(first[k], second[k], atol=1e-5) for k in first)
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path):
     for name, extra in (("a", []), ("b", ["--checkpoint-activations"])):
-        train_cifar.main([*SMALL, "--steps", "3", "--out", str(tmp_path / name), *extra])
+        train_cifar.main([*SMALL, "--patch-size", "4,2,4", "--steps", "3", "--out", str(tmp_path / name), *extra])
     first, second = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True)["model"] for d in "ab")
     assert all(torch.allclose(first[k], second[k], atol=1e-6) for k in first)
 
@@ -1545,7 +1546,7 @@ def test_gradient_accumulation_averages(tmp_path, monkeypatch):
     """Two parts of 8 give the step of one batch of 16, when noise and levels do not depend on how the batch is split."""
     fix_noise_and_levels(monkeypatch)
     for name, extra in (("a", []), ("b", ["--grad-accum", "2"])):
-        train_cifar.main([*SMALL, "--steps", "3", "--batch", "16", "--label-dropout", "0", "--out", str(tmp_path / name), *extra])
+        train_cifar.main([*SMALL, "--device", "cpu", "--steps", "3", "--batch", "16", "--label-dropout", "0", "--out", str(tmp_path / name), *extra])
     first, second = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True)["model"] for d in "ab")
     assert all(torch.allclose(first[k], second[k], atol=1e-5) for k in first)
 
@@ -1595,7 +1596,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, monkeypatch):
     for a, b in zip(first["log"], second["log"], strict=True):
         assert a[3] == pytest.approx(b[3], abs=2e-4)                            # the loss is averaged over ranks
     for name in ("one", "two"):
-        train_cifar.main(["--out", str(tmp_path / name), "--batch", "16", "--steps", "5", "--resume"])
+        train_cifar.main(["--device", "cpu", "--out", str(tmp_path / name), "--batch", "16", "--steps", "5", "--resume"])
     first, second = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True)["model"] for d in ("one", "two"))
     assert all(torch.allclose(first[k], second[k], atol=1e-5) for k in first)
 
@@ -1632,9 +1633,11 @@ def test_kill_and_resume(tmp_path):
     assert 20 <= torch.load(b / "ckpt.pt", weights_only=True)["step"] < 100
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                                                    # as in the process that was killed
-    train_cifar.main([*flags, "--steps", "100", "--out", str(a)])
-    train_cifar.main([*flags, "--steps", "100", "--out", str(b), "--resume"])
-    torch.set_num_threads(threads)
+    try:
+        train_cifar.main([*flags, "--steps", "100", "--out", str(a)])
+        train_cifar.main([*flags, "--steps", "100", "--out", str(b), "--resume"])
+    finally:
+        torch.set_num_threads(threads)
     first, second = (torch.load(d / "ckpt.pt", weights_only=True) for d in (a, b))
     assert all(torch.equal(first["ema"][k], second["ema"][k]) for k in first["ema"])
     rows = [[line.split(",")[0:1] + line.split(",")[3:] for line in (d / "log.csv").read_text().splitlines()] for d in (a, b)]
