@@ -513,13 +513,13 @@ class FAR(nn.Module):
         target = [self.band(patchify(images[r], p), i) / self.data_scale[i] for i, (r, p) in enumerate(zip(rows, c.patch_sizes))]
         noise = [self.band(torch.randn_like(x.repeat_interleave(c.head_draws, 0)), i) / self.noise_scale[i] for i, x in enumerate(target)]
         z, losses = self.transformer(visible, 0, cond[rows[0]]) if causal else None, {}
-        for p in dict.fromkeys(c.patch_sizes):                                  # levels with patches of one size go through the networks as one batch
-            group = [i for i in range(F) if c.patch_sizes[i] == p]
+        kinds = range(F) if causal else c.patch_sizes                           # markov: levels with patches of one size go through the networks as one batch
+        for group in ([i for i in range(F) if kinds[i] == kind] for kind in dict.fromkeys(kinds)):
             join = lambda parts: torch.cat([parts[i] for i in group])
             band = lambda x: torch.cat([self.band(part, i) for i, part in zip(group, x.split([len(noise[i]) for i in group]))])
             level, label = join([torch.full_like(r, i) for i, r in enumerate(rows)]), cond[join(rows)]
-            z_group = join(z) if causal else self.transformer([join(visible)], level, label)[0]
-            losses.update(zip(group, self.head.loss(join(target), join(noise), z_group, level, label, band).split([len(rows[i]) for i in group])))
+            said = join(z) if causal else self.transformer([join(visible)], level, label)[0]
+            losses.update(zip(group, self.head.loss(join(target), join(noise), said, level, label, band).split([len(rows[i]) for i in group])))
         return [losses[i] for i in range(F)]
 
     def forward(self, images, labels=None):
