@@ -46,7 +46,7 @@ def dct(x, keep):
 
 @exact_ends
 def blur(x, keep):
-    """Gaussian low-pass, amplitude 1/2 at keep H/2 cycles per image: soft, so not idempotent: target full filters each x
+    """Gaussian low-pass, amplitude 1/2 at keep H/2 cycles per image. Soft, so not idempotent: target full filters each x
     once and does not mind; next and residual filter the drawn x_{i+1} a second time. Shapes and range as in `fourier`."""
     return in_cosines(x, lambda f: torch.exp(-math.log(2) * (2 * f / (keep * x.shape[-1])) ** 2))
 
