@@ -949,8 +949,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     loss, weights = DiffusionHead.loss, []
 
     def broken(self, target, noise, z, i, cond, band):                          # passes 1 to 10 are the steps, 11 is the look at the levels
-        weights.extend([self.output["16"].weight.detach().clone()] * (self.training and i == 0))
-        return loss(self, target, noise, z, i, cond, band) * (math.inf if i == 1 and len(weights) in (7, 11) else 1.0)
+        weights.extend([self.output["16"].weight.detach().clone()] * self.training)
+        return loss(self, target, noise, z, i, cond, band) * torch.where((i == 1) & (len(weights) in (7, 11)), math.inf, 1.0)
     monkeypatch.setattr(DiffusionHead, "loss", broken), monkeypatch.setattr(train_cifar, "count_flops", lambda function: dict(Global=1))
     with pytest.raises(ValueError, match=r"not finite since step 7, levels \[2\].*ckpt.pt holds the last good state"):
         train_cifar.main([*SMALL, "--levels-per-image", "0", "--save-minutes", "1e-9", "--steps", "20", "--out", str(tmp_path)])
