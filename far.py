@@ -517,7 +517,7 @@ class FAR(nn.Module):
         for group in ([i for i in range(F) if kinds[i] == kind] for kind in dict.fromkeys(kinds)):
             join = lambda parts: torch.cat([parts[i] for i in group])
             band = lambda x: torch.cat([self.band(part, i) for i, part in zip(group, x.split([len(noise[i]) for i in group]))])
-            level, label = join([torch.full_like(r, i) for i, r in enumerate(rows)]), cond[join(rows)]
+            level, label = torch.cat([torch.full_like(rows[i], i) for i in group]), cond[join(rows)]
             said = join(z) if causal else self.transformer([join(visible)], level, label)[0]
             losses.update(zip(group, self.head.loss(join(target), join(noise), said, level, label, band).split([len(rows[i]) for i in group])))
         return [losses[i] for i in range(F)]

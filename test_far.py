@@ -1536,15 +1536,16 @@ def test_activation_checkpointing_changes_nothing(tmp_path):
     assert all(torch.allclose(first[k], second[k], atol=1e-6) for k in first)
 
 
-def fix_noise_and_levels(monkeypatch):
-    monkeypatch.setattr(FAR, "forward", lambda self, x, y: torch.cat(self.losses(x, y, 3)).mean())
-    monkeypatch.setattr(torch, "randn_like", lambda x: torch.sin(1000 * x))
-    monkeypatch.setattr(far.Path, "draw_t", lambda self, *shape, device=None: torch.full(shape, 0.5))
+def fix_noise_and_levels(setattr):
+    """setattr: monkeypatch's, or in a process of its own the usual one."""
+    setattr(FAR, "forward", lambda self, x, y: torch.cat(self.losses(x, y, 3)).mean())
+    setattr(torch, "randn_like", lambda x: torch.sin(1000 * x))
+    setattr(far.Path, "draw_t", lambda self, *shape, device=None: torch.full(shape, 0.5))
 
 
 def test_gradient_accumulation_averages(tmp_path, monkeypatch):
     """Two parts of 8 give the step of one batch of 16, when noise and levels do not depend on how the batch is split."""
-    fix_noise_and_levels(monkeypatch)
+    fix_noise_and_levels(monkeypatch.setattr)
     for name, extra in (("a", []), ("b", ["--grad-accum", "2"])):
         train_cifar.main([*SMALL, "--device", "cpu", "--steps", "3", "--batch", "16", "--label-dropout", "0", "--out", str(tmp_path / name), *extra])
     first, second = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True)["model"] for d in "ab")
@@ -1554,20 +1555,17 @@ def test_gradient_accumulation_averages(tmp_path, monkeypatch):
 FIXED = """
 import sys, torch
 sys.path.insert(0, {root!r})
-import far, train_cifar
+import test_far, train_cifar
 torch.set_num_threads(1)
-far.FAR.forward = lambda self, x, y: torch.cat(self.losses(x, y, 3)).mean()
-torch.randn_like = lambda x: torch.sin(1000 * x)
-far.Path.draw_t = lambda self, *shape, device=None: torch.full(shape, 0.5)
+test_far.fix_noise_and_levels(setattr)
 train_cifar.main(sys.argv[1:])
 train_cifar.dist.destroy_process_group()
 """
 
 
-def launch(processes, script, *flags):
-    """Runs script, under torchrun (here with gloo) if in several processes."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(script), *flags]
+def launch(script, *flags):
+    """Runs script under torchrun, in two processes that talk through gloo."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(script), *flags]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -1588,9 +1586,9 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, monkeypatch):
     """The step itself: noise and levels fixed, so that weights can be compared; also with accumulation in each process."""
     (tmp_path / "fixed.py").write_text(FIXED.format(root=ROOT))
     flags = [*SMALL, "--device", "cpu", "--batch", "16", "--steps", "3", "--log-every", "1", "--lr-schedule", "constant", "--label-dropout", "0"]
-    fix_noise_and_levels(monkeypatch)
+    fix_noise_and_levels(monkeypatch.setattr)
     train_cifar.main([*flags, "--out", str(tmp_path / "one")])
-    launch(2, tmp_path / "fixed.py", *flags, "--out", str(tmp_path / "two"), "--grad-accum", "2")
+    launch(tmp_path / "fixed.py", *flags, "--out", str(tmp_path / "two"), "--grad-accum", "2")
     first, second = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True) for d in ("one", "two"))
     assert all(torch.allclose(first["model"][k], second["model"][k], atol=1e-5) for k in first["model"])
     for a, b in zip(first["log"], second["log"], strict=True):
@@ -1615,7 +1613,7 @@ train_cifar.make_batch = spy
 train_cifar.main(sys.argv[1:])
 train_cifar.dist.destroy_process_group()
 """)
-    out = launch(2, tmp_path / "spy.py", *SMALL, "--device", "cpu", "--batch", "16", "--steps", "1", "--out", str(tmp_path / "run"))
+    out = launch(tmp_path / "spy.py", *SMALL, "--device", "cpu", "--batch", "16", "--steps", "1", "--out", str(tmp_path / "run"))
     (first, seed), (second, other) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert torch.equal(torch.cat([first, second]), train_cifar.epoch_order(1797, 0, 0)[:16]) and seed != other
     assert out.count("wrote") == 2 and sorted(os.listdir(tmp_path / "run")) == ["ckpt.pt", "levels.png", "log.csv", "samples.png"]
