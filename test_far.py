@@ -1558,6 +1558,11 @@ sys.path.insert(0, {root!r})
 import test_far, train_cifar
 torch.set_num_threads(1)
 test_far.fix_noise_and_levels(setattr)
+make = train_cifar.make_batch
+def spy(images, index, *rest):
+    torch.save((index, torch.initial_seed()), f"{{__file__}}.{{train_cifar.dist.get_rank()}}")
+    return make(images, index, *rest)
+train_cifar.make_batch = spy
 train_cifar.main(sys.argv[1:])
 train_cifar.dist.destroy_process_group()
 """
@@ -1583,12 +1588,16 @@ def test_processes_talk_about_tensors_on_the_cpu(world, device, backend, tmp_pat
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, monkeypatch):
-    """The step itself: noise and levels fixed, so that weights can be compared; also with accumulation in each process."""
+    """The step itself: noise and levels fixed, so that weights can be compared; also with accumulation in each process. Each rank notes its last images
+    and its seed: shares of the second half of the last batch, and other noise (were it not fixed); one rank writes."""
     (tmp_path / "fixed.py").write_text(FIXED.format(root=ROOT))
     flags = [*SMALL, "--device", "cpu", "--batch", "16", "--steps", "3", "--log-every", "1", "--lr-schedule", "constant", "--label-dropout", "0"]
     fix_noise_and_levels(monkeypatch.setattr)
     train_cifar.main([*flags, "--out", str(tmp_path / "one")])
-    launch(tmp_path / "fixed.py", *flags, "--out", str(tmp_path / "two"), "--grad-accum", "2")
+    out = launch(tmp_path / "fixed.py", *flags, "--out", str(tmp_path / "two"), "--grad-accum", "2")
+    (mine, seed), (other, other_seed) = (torch.load(tmp_path / f"fixed.py.{rank}") for rank in (0, 1))
+    assert torch.equal(torch.cat([mine, other]), train_cifar.epoch_order(1797, 0, 0)[40:48]) and seed != other_seed
+    assert out.count("wrote") == 2 and sorted(os.listdir(tmp_path / "two")) == ["ckpt.pt", "levels.png", "log.csv", "samples.png"]
     first, second = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True) for d in ("one", "two"))
     assert all(torch.allclose(first["model"][k], second["model"][k], atol=1e-5) for k in first["model"])
     for a, b in zip(first["log"], second["log"], strict=True):
@@ -1597,26 +1606,6 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, monkeypatch):
         train_cifar.main(["--device", "cpu", "--out", str(tmp_path / name), "--batch", "16", "--steps", "5", "--resume"])
     first, second = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True)["model"] for d in ("one", "two"))
     assert all(torch.allclose(first[k], second[k], atol=1e-5) for k in first)
-
-
-def test_ranks_have_their_own_data_and_noise(tmp_path):
-    """Each rank notes its first images and its noise: the halves of the batch of one process, different noise; one rank writes."""
-    (tmp_path / "spy.py").write_text(f"""
-import sys, torch
-sys.path.insert(0, {ROOT!r})
-import far, train_cifar
-make = train_cifar.make_batch
-def spy(images, index, *rest):
-    torch.save((index, torch.initial_seed()), {str(tmp_path)!r} + f"/rank{{train_cifar.dist.get_rank()}}.pt")
-    return make(images, index, *rest)
-train_cifar.make_batch = spy
-train_cifar.main(sys.argv[1:])
-train_cifar.dist.destroy_process_group()
-""")
-    out = launch(tmp_path / "spy.py", *SMALL, "--device", "cpu", "--batch", "16", "--steps", "1", "--out", str(tmp_path / "run"))
-    (first, seed), (second, other) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
-    assert torch.equal(torch.cat([first, second]), train_cifar.epoch_order(1797, 0, 0)[:16]) and seed != other
-    assert out.count("wrote") == 2 and sorted(os.listdir(tmp_path / "run")) == ["ckpt.pt", "levels.png", "log.csv", "samples.png"]
 
 
 def test_kill_and_resume(tmp_path):
