@@ -5,7 +5,7 @@ x_0 = 0 and x_F is the image. A transformer reads x_0 .. x_i and says z_i, one v
 draws the image's tokens given z_i (`DiffusionHead`); low-passed, the draw is x_{i+1}. `FAR.forward` is the training loss, `FAR.sample` the loop.
 By default the transformer sees x_i alone (`attention="markov"`: as good in the same time) and the head draws a level's tokens jointly (`head_mixing`: better).
 
-Letters as in the paper: B batch, C channels, H side, p patch side, N = (H/p)^2 tokens of D = C p^2 numbers, F levels, W width.
+Letters as in the paper: B batch, C channels, H side, p patch side, N = (H/p)^2 tokens of D = C p^2 numbers, F levels, W width (w of the head), K condition tokens, S sequences of T tokens.
 """
 import functools, math
 from dataclasses import asdict, dataclass, fields, replace
@@ -86,8 +86,8 @@ def check_ordering(fn, size, channels=3):
     on Gaussian images of deviation 1). Returns list[str], empty when all hold: shape, zero at 0, identity at 1, linear, idempotent, nested."""
     x, y = torch.randn(2, 2, channels, size, size, generator=torch.Generator().manual_seed(0))
     keeps, fn = [0.125, 0.25, 0.4, 0.5, 0.75, 1.0], lambda x, keep, fn=fn: fn(x.clone(), keep)  # fn may write into x
-    if fn(x, 0.5).shape != x.shape:
-        return [f"shape: {list(x.shape)} becomes {list(fn(x, 0.5).shape)} at keep 0.5"]
+    for a in [a for a in (0.0, *keeps) if fn(x, a).shape != x.shape]:
+        return [f"shape: {list(x.shape)} becomes {list(fn(x, a).shape)} at keep {a:g}"]
     checks = [("zero at 0", "keep 0", fn(x, 0.0), 0 * x), ("identity at 1", "keep 1", fn(x, 1.0), x)]
     for n, a in enumerate(keeps):
         P = fn(x, a)
@@ -113,9 +113,8 @@ PRESETS = {
     "far_l": dict(LATENTS, width=1024, depth=32, heads=16, head_width=1024, head_depth=4),
     "far_h": dict(LATENTS, width=1280, depth=40, heads=16, head_width=1024, head_depth=6),
 }
-CHOICES = dict(attention=("causal", "markov"), prediction=("v", "eps"), schedule=("linear", "cosine"), target=("full", "next", "residual"),
-               mask=("none", "text", "reference"), solver=("ddpm", "ddim", "dpmpp_2m"), guidance_schedule=("linear", "constant"),
-               step_rule=("paper", "locked"))
+CHOICES = dict(attention=("causal", "markov"), prediction=("v", "eps"), schedule=("linear", "cosine"), target=("full", "next", "residual"), mask=("none", "text", "reference"),
+               solver=("ddpm", "ddim", "dpmpp_2m"), guidance_schedule=("linear", "constant"), step_rule=("paper", "locked"))
 SAMPLING = ("guidance", "guidance_schedule", "solver", "head_steps", "temperature", "step_rule", "coupling")  # what FAR.sample may override
 
 def check(ok, message):
@@ -228,7 +227,7 @@ def mask_bounds(F, direction):
 def masked_share(lower):
     """Draws shares from a Gaussian of mean 1 and deviation 0.25 cut off to [lower, 1], shaped like lower, by inverting its distribution function."""
     low = torch.special.ndtr((lower - 1) / 0.25)
-    return (1 + 0.25 * torch.special.ndtri(low + (0.5 - low) * torch.rand_like(lower))).clamp(lower, torch.ones_like(lower))
+    return (1 + 0.25 * torch.special.ndtri(low + (0.5 - low) * torch.rand_like(lower)))
 
 def head_step_schedule(F, low=40, high=100):
     """Frequency-aware head steps: list of F whole numbers rising linearly from low to high (mean 70); F = 1 gives [high]."""
@@ -253,7 +252,7 @@ def sincos_2d(G, W):
     return torch.cat([axis.repeat_interleave(G, 0), axis.repeat(G, 1)], 1)
 
 class Attention(nn.Module):
-    """Multi-head self-attention, [S, T, W] -> [S, T, W]; `mask` [T, T] as in block_causal_mask, `cache` holds earlier keys and values."""
+    """Multi-head self-attention, [S, T, W] -> [S, T, W]; qkv(x) is q, k, v in turn; `mask` as in block_causal_mask; `cache`: earlier "k" and "v" [S, heads, T, W / heads]."""
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
@@ -287,7 +286,7 @@ def by_size(sizes, layer):                                                      
 
 class Transformer(nn.Module):
     """Visible tokens of the levels -> conditions z (paper, causal attention over frequency levels).
-    The sequence is [condition block of K tokens, level block, level block, ..]; every token also gets the mean condition."""
+    The sequence is [condition block of K tokens, level block, level block, ..]; every level's token also gets the mean condition."""
     def __init__(self, c):
         super().__init__()
         self.c, self.input, self.level, self.norm = c, by_size(c.token_dim, lambda D: nn.Linear(D, c.width)), nn.Embedding(len(c.levels), c.width), nn.LayerNorm(c.width)
@@ -309,14 +308,14 @@ class Transformer(nn.Module):
         x = self.input[str(tokens.shape[2])](tokens)
         if self.training and self.c.mask != "none":                             # mask mechanism
             share = masked_share(self.mask_bounds[i].expand(len(x)))[:, None]   # [B, 1]
-            rank = torch.rand(x.shape[:2], device=x.device).argsort(-1)
+            rank = torch.rand(x.shape[:2], device=x.device).argsort(-1) + torch.rand_like(share)  # share N tokens in the mean, rounded up or down
             x = torch.where((rank < share * x.shape[1])[..., None], self.mask_token.to(x.dtype), x)
         grid = self.position.T.unflatten(1, 2 * [math.isqrt(len(self.position))])  # [W, G, G]
         position = nn.functional.adaptive_avg_pool2d(grid, math.isqrt(x.shape[1])).flatten(1).T  # [N, W], the mean over each coarser token
         return x + position + self.level.weight[i, None] + cond.mean(1, keepdim=True)
 
     def forward(self, blocks, first, cond, cache=None):
-        """blocks: tokens [B, N, D] of x_i, i = first, first + 1, ..; cond [B, 1 or K, W] (FAR.condition) -> list of z_i [B, N, W]. Training with causal attention:
+        """blocks: tokens [B, N, D] of x_i, i = first, first + 1, ..; cond [B, 1 or K, W] (FAR.condition) -> z_i [B, N, W], one a block. Training with causal attention:
         all levels at once; with markov: one block, first [B] for images of several levels. Sampling: a level a call; causal keeps keys and values in `cache`, a dict a block."""
         x, K = [self.embed(tokens, first + n, cond) for n, tokens in enumerate(blocks)], self.c.cond_tokens
         lengths, cond = [block.shape[1] for block in x], cond + self.cond_position if K else cond[:, :0]  # cond [B, K, W]
@@ -359,12 +358,12 @@ class Path:
         alpha, sigma, a, b = self(t)
         return (b * x_t - sigma * prediction) / (alpha * b - sigma * a)
 
-    def step(self, x, xhat, t, s, ancestral):
+    def step(self, x_t, xhat, t, s, ancestral):
         """One step x_t -> x_s, s < t, given the data prediction xhat, so that epshat = (x_t - alpha xhat) / sigma. Returns the mean of x_s, alpha_s xhat +
         sqrt(sigma_s^2 - c^2) epshat, and its deviation c: ancestral (DDPM), c^2 is the variance of x_s given x_t and x; deterministic (DDIM), 0."""
         (alpha, sigma, *_), (alpha_s, sigma_s, *_) = self(t), self(s)
         variance = (sigma_s / sigma) ** 2 * (sigma ** 2 - (alpha / alpha_s * sigma_s) ** 2).clamp(min=0) if ancestral else 0 * sigma_s
-        return alpha_s * xhat + (sigma_s ** 2 - variance).clamp(min=0).sqrt() * (x - alpha * xhat) / sigma, variance.sqrt()
+        return alpha_s * xhat + (sigma_s ** 2 - variance).clamp(min=0).sqrt() * (x_t - alpha * xhat) / sigma, variance.sqrt()
 
     def sample(self, network, noise, steps, solver="dpmpp_2m", temperature=1.0, draw=torch.randn_like):
         """Integrates from noise (t = 0.999) to data (t = 0) in `steps` >= 1 evaluations of network(x_t, t) -> prediction.
@@ -385,8 +384,8 @@ class Path:
 
 # --- Diffusion head: p(tokens | z) ------------------------------------------------------------------------------------
 class HeadBlock(nn.Module):
-    """AdaLN-Zero residual block (Peebles & Xie 2023), h [S, N, w], c [S, N or 1, w] -> [S, N, w]; `mixing` adds attention over the N
-    tokens. DiffusionHead starts the modulation at zero, which makes the block the identity."""
+    """AdaLN-Zero residual block (Peebles & Xie 2023), h [S, N, w], c [S, N or 1, w] -> [S, N, w]. modulation(silu(c)) is shift, scale, gate of the MLP, then,
+    with `mixing`, of the attention over the N tokens, which comes first. DiffusionHead starts it at zero, which makes the block the identity."""
     def __init__(self, width, heads, mixing):
         super().__init__()
         self.norm1, self.mlp = nn.LayerNorm(width, elementwise_affine=False), mlp(width)
@@ -461,7 +460,7 @@ class FAR(nn.Module):
     def project(self, x, i):
         """x_i = P_i x: x [B, C, H, H] seen at level i = 0 .. F, in float32."""
         with torch.autocast(x.device.type, enabled=False):
-            return ORDERINGS[self.config.ordering](x.to(torch.float32, copy=True), (0.0, *self.config.levels)[i])  # it may write into x
+            return ORDERINGS[self.config.ordering](x.to(torch.float32, copy=True), (0.0, *self.config.levels)[i]).float()  # it may write into x
 
     def as_images(self, images):
         c, size = self.config, [self.config.channels, self.config.image_size, self.config.image_size]
@@ -503,11 +502,11 @@ class FAR(nn.Module):
                 self.data_scale[i] = self.band(patchify(x, p), i).std().clamp(min=1e-6)
 
     def losses(self, images, labels, k):
-        """Diffusion losses of the steps x_i -> x_{i+1}, i = 0 .. F-1: a list of [b]. Each image trains k levels, every level the same share of the images,
-        and at least one; with causal attention all train all."""
+        """Diffusion losses of the steps x_i -> x_{i+1}, [F], i = 0 .. F-1, each the mean over its images. Each image trains k levels and every level has the same share of the images,
+        to within one and at least one (more than k levels an image where B < F / k); with causal attention all train all."""
         c, F, images = self.config, len(self.config.levels), self.as_images(images)
         B, causal, cond = len(images), c.attention == "causal", self.condition(labels, len(images), c.label_dropout if self.training else 0.0)
-        order = torch.rand(B, device=images.device).argsort().repeat(F if causal else max(k, -(-F // B)))
+        order = torch.rand(B, device=images.device).argsort().repeat(F if causal else max(k, math.ceil(F / B)))
         rows = order.tensor_split(F)                                            # [b] each: the images that train level i
         visible = [patchify(self.project(images[r], i), p) for i, (r, p) in enumerate(zip(rows, c.patch_sizes))]
         target = [self.band(patchify(images[r], p), i) / self.data_scale[i] for i, (r, p) in enumerate(zip(rows, c.patch_sizes))]
@@ -519,17 +518,18 @@ class FAR(nn.Module):
             band = lambda x: torch.cat([self.band(part, i) for i, part in zip(group, x.split([len(noise[i]) for i in group]))])
             level, label = torch.cat([torch.full_like(rows[i], i) for i in group]), cond[join(rows)]
             said = join(z) if causal else self.transformer([join(visible)], level, label)[0]
-            losses.update(zip(group, self.head.loss(join(target), join(noise), said, level, label, band).split([len(rows[i]) for i in group])))
-        return [losses[i] for i in range(F)]
+            loss = self.head.loss(join(target), join(noise), said, level, label, band)
+            losses.update(zip(group, map(torch.mean, loss.split([len(rows[i]) for i in group]))))
+        return torch.stack([losses[i] for i in range(F)])
 
     def forward(self, images, labels=None):
-        """Training loss, a scalar: the mean over images and levels of w_i times the diffusion loss; w_i = 1 without loss_weighting."""
+        """Training loss, a scalar: the mean over levels of w_i times the loss of level i; w_i = 1 without loss_weighting."""
         losses = self.losses(images, labels, self.config.levels_per_image or len(self.config.levels))
-        return torch.cat([w * loss for w, loss in zip(loss_weights(len(losses)).tolist(), losses)] if self.config.loss_weighting else losses).mean()
+        return sum(w * loss for w, loss in zip(loss_weights(len(losses)).tolist(), losses)) / len(losses) if self.config.loss_weighting else losses.mean()
 
     def level_losses(self, images, labels=None):
         """Unweighted loss of each level, [F], the mean over images: entry i for the step x_i -> x_{i+1}."""
-        return torch.stack([loss.mean() for loss in self.losses(images, labels, len(self.config.levels))])
+        return self.losses(images, labels, len(self.config.levels))
 
     @torch.no_grad()
     def average(self, model, decay):
@@ -549,13 +549,13 @@ class FAR(nn.Module):
     @torch.no_grad()
     def sample(self, labels, *, known=None, stops=None, generator=None, return_levels=False, **settings):
         """Draws images level by level: z_i from the transformer, xhat from the head, x_{i+1} by the step rule.
-        labels: int64 [B] or float [B, K, cond_dim]; or an int n for n images without label.
+        labels: int64 [B] or float [B, K, cond_dim]; or an int n for n images without label (and without guidance).
         known: (x, i) starts from what images x [B or 1, C, H, H] show at level i < F. generator: a torch.Generator, or a list of one an image.
-        stops: some of the config's levels, 1 among them: the model takes these steps alone (for target full and attention markov, where any level can come next).
-        settings (the config's by default): guidance: the head's prediction is u + g_i (p - u), p with and u without label; one g_i >= 0 a level, or g for all:
-        guidance_schedule "linear": g_i = 1 + (g - 1) i/F for i = 0 .. F-1 (none at the first level), "constant": g_i = g. head_steps: int, one a level, or "paper"
-        (40 to 100). solver: see Path.sample. temperature: factor on the head's noise, one a level, or "paper" (0.8 to 1). step_rule: "paper" x_{i+1} = P_{i+1} xhat, or
-        "locked" x_{i+1} = x_i + P_{i+1} xhat - P_i xhat, which keeps what was known. coupling: rho in [0, 1] of couple_noise, or one a level; k x k cells, k = round(keep_{i+1} H),
+        stops: some of the config's levels, 1 among them: the model takes these steps alone, each with the settings of the x_i it leaves (for target full and attention markov).
+        settings (the config's by default): guidance: the head's prediction is u + g_i (p - u), p with and u without label; one g_i >= 0 a level, or g for all: guidance_schedule "linear": g_i
+        = 1 + (g - 1) i/F for i = 0 .. F-1 (none at the first level), "constant": g_i = g. head_steps: int, one a level, or "paper" (40 to 100). solver: see Path.sample. temperature: factor
+        on the head's noise, one a level, or "paper" (0.8 to 1). step_rule: "paper" x_{i+1} = P_{i+1} xhat, or "locked" x_{i+1} = x_i + P_{i+1} xhat - P_i xhat, which keeps what was known.
+        coupling (target full; the noise of the others is low-passed, so that neighbours share it anyway): rho in [0, 1] of couple_noise, or one a level; k x k cells, k = round(keep_{i+1} H),
         none where k reaches the token grid's side. Returns [B, C, H, H] in about [-1, 1], or with return_levels [B, F, C, H, H], x_1 .. x_F (or stops). ValueError on bad arguments."""
         check(set(settings) <= set(SAMPLING), f"settings are {', '.join(settings)}; allowed: {', '.join(SAMPLING)}")
         c, device, levels = replace(self.config, **settings), self.data_scale.device, len(self.config.levels)
@@ -586,7 +586,7 @@ class FAR(nn.Module):
                     x = self.project(self.as_images(image), j).expand(B, -1, -1, -1)
                 else:
                     white, side = draw(c.num_tokens[i], c.token_dim[i]), max(1, round(c.levels[j - 1] * c.image_size))
-                    if coupling[i] and side < c.image_size // p:
+                    if coupling[i] and c.target == "full" and side < c.image_size // p:
                         white = couple_noise(white, draw(side ** 2, c.token_dim[i]), side, coupling[i])
                     S = 2 * B if guide[i] != 1 else B                           # no second half in the head where guidance is 1
                     network, noise = self.guided(z[:S], i, cond[:S], guide[i]), lambda white: self.band(white, i) / self.noise_scale[i]

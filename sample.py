@@ -3,13 +3,13 @@
     python sample.py                                                           # CIFAR-10 from assets/far_cifar10.pt
     python sample.py --ckpt out/digits/ckpt.pt --labels 0-9 --n 100            # out/samples/samples.png
 """
-import argparse, contextlib, functools, os, runpy, sys, time, zipfile
+import argparse, contextlib, functools, os, runpy, sys, time
 from dataclasses import fields, replace
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -36,6 +36,7 @@ def load_checkpoint(path, device="cpu"):
     with told(f"{path} does not fit this version of far.py"):
         model = FAR(FARConfig.from_dict(rest["config"]))
         model.load_state_dict(rest.pop("ema"))
+        check(all(p.isfinite().all() for p in model.parameters()), "its weights are not finite")
     return model.to(device).eval().requires_grad_(False), rest
 
 def load_ordering(name, size=0, channels=3):
@@ -43,10 +44,9 @@ def load_ordering(name, size=0, channels=3):
     if ":" in name:
         file, function = name.rsplit(":", 1)
         with told(f"--ordering {name} must name a file and an ordering(x, keep) in it"):
-            ordering = runpy.run_path(file)[function]
+            ORDERINGS[name] = ordering = runpy.run_path(file)[function]
             if size:
                 print(f"{name}:", *check_ordering(ordering, size, channels) or ["all laws hold"], sep="\n  ")
-        ORDERINGS[name] = ordering
 
 def load_vae(name, device="cpu"):
     """The diffusers AutoencoderKL of a name (downloaded) or folder, to encode and decode latents. ValueError if it or diffusers is missing."""
@@ -84,6 +84,7 @@ def read_image(path, size, channels=3):
     """A picture, centre-cropped to a square and resized (antialiased): uint8 [channels, size, size]; None if it cannot be read."""
     try:
         with Image.open(path) as image:
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8)) if image.mode[0] == "I" else ImageOps.exif_transpose(image)  # "I": 16 bits
             image = image.convert({1: "L", 3: "RGB"}[channels])
     except Exception:                                                           # a damaged picture can raise anything
         return None
@@ -103,7 +104,6 @@ def to_uint8(images):
 def save_grid(images, path, columns):
     """Writes images [n, C, H, H] in about [-1, 1] as one PNG, row by row, enlarged to at least 48 pixels each, with thin gaps; returns the path."""
     images = torch.nn.functional.interpolate(to_uint8(images[:, :3]).float() / 255, scale_factor=max(1, -(-48 // images.shape[-1])))
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     torchvision.utils.save_image(torchvision.utils.make_grid(images, columns, padding=2, pad_value=0.5), path)
     return path
 
@@ -189,13 +189,15 @@ def main(argv=None, count=False):
         return
     check(args.ordering in (None, c.ordering) and (args.image or args.keep is None), f"--ordering must be the model's own, {c.ordering}; --keep needs --from")
     vae = load_vae(latents["vae"], device) if latents and not args.export else None
-    def pictures(x):                                                            # [n, C, H, H] -> images on the CPU
-        return torch.cat([vae.decode(z.to(device) / latents["scale"]).sample.cpu() for z in x.split(16)]) if vae else x
+    pictures = lambda x: torch.cat([vae.decode(z.to(device) / latents["scale"]).sample.cpu() for z in x.split(16)]) if vae else x  # [n, C, H, H] -> images
     labels = parse_labels(args.labels or (f"0-{c.num_classes - 1}" if c.num_classes else "none"), args.n, c.num_classes)
     settings = (dict(solver="ddpm", head_steps="paper", temperature="paper") if args.paper else {}) | {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    for file in [args.export] if args.export else [os.path.join(args.out, "samples.png"), os.path.join(args.out, "levels.png"), *filter(None, (args.npz, args.png and os.path.join(args.png, "0.png")))]:
+        os.makedirs(os.path.dirname(file) or ".", exist_ok=True)                # an error now, not after the sampling
+        check(os.access(os.path.dirname(file) or ".", os.W_OK) and not os.path.isdir(file) and file not in (args.ckpt, args.real), f"{file} is a folder, is read here, or cannot be written: choose another")
     if args.export:
-        os.makedirs(os.path.dirname(args.export) or ".", exist_ok=True)
-        torch.save(dict(config=replace(c, **settings).to_dict(), ema=model.half().state_dict(), latents=latents), args.export + ".part")  # read as float32 again
+        with open(args.export + ".part", "wb") as f:
+            torch.save(dict(config=replace(c, **settings).to_dict(), ema=model.half().state_dict(), latents=latents), f)  # read as float32 again
         os.replace(args.export + ".part", args.export)
         return print(f"wrote {args.export}, {os.path.getsize(args.export) / 1e6:.1f} MB")
     if args.image:
@@ -204,13 +206,11 @@ def main(argv=None, count=False):
         check(args.keep in keeps, f"--keep {args.keep} is no level of this model; allowed: {', '.join(map(str, keeps))}")
         settings = dict(step_rule="locked") | settings | dict(known=(torch.tensor(picture)[None], keeps.index(args.keep)))
     settings, stops = settings | dict(stops=args.stops), [keep for keep in c.levels if not args.stops or keep in args.stops]
-    arrays = np.load(args.real).values() if args.real and zipfile.is_zipfile(args.real) else []
-    real = sorted((torch.from_numpy(x) for x in arrays if isinstance(x, np.ndarray) and x.dtype.kind in "iu"), key=torch.Tensor.dim, reverse=True)
-    check(not args.real or [x.shape[1:] for x in real] == [(c.image_size, c.image_size, c.channels), ()] and len(real[0]) == len(real[1]) > 5 and real[0].dtype == torch.uint8
-          and args.n > 5 and torch.is_tensor(labels) and not vae, f"--real {args.real} must be an npz file of more than 5 uint8 images [m, H, H, C] of the model's size and m labels; it needs --labels, --n above 5 and no VAE")
-    check(not os.path.isdir(args.npz or ""), f"--npz {args.npz} is a folder; name a file")
-    for folder in (args.out, args.png, args.npz and os.path.dirname(args.npz)):  # an error now, not after the sampling
-        os.makedirs(folder or ".", exist_ok=True)
+    with told(f"--real {args.real} must be an npz file of more than 5 uint8 images [m, H, H, C] of the model's size and m labels; it needs --labels, --n above 5 and no VAE"):
+        arrays = [x for x in np.load(args.real).values() if x.dtype.kind in "iu"] if args.real else []
+        real = sorted((torch.from_numpy(x if x.dtype == np.uint8 else x.astype(np.int64)) for x in arrays), key=torch.Tensor.dim, reverse=True)
+        check(not args.real or [x.shape[1:] for x in real] == [(c.image_size, c.image_size, c.channels), ()] and len(real[0]) == len(real[1]) > 5 and real[0].dtype == torch.uint8
+              and args.n > 5 and torch.is_tensor(labels) and not vae, f"it has {[list(x.shape) for x in arrays]}")
     shown = np.unique(np.linspace(0, args.n - 1, min(args.n, 400)).round().astype(int))  # all, or 400 spread evenly over the classes
     strip = range(min(args.n, 10)) if isinstance(labels, int) else np.unique(labels.numpy(), return_index=True)[1][:10]
     grid, rows, pixels, kept, begin = [], [], [], [], time.perf_counter()

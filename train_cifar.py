@@ -35,8 +35,8 @@ SWEEPS = {  # name -> runs, each the flags of one; after a bar those of sample.p
                (*((F, "") for F in (1, 2, 4, 6, 8, 10)), *((10, f" | --stops {s}") for s in ("0.2,0.4,0.6,0.8,1", "0.3,0.6,1", "0.5,1", "1")))],
     "components": ["", "--attention causal --levels-per-image 0", "--no-head-mixing", "--mask text", "--mask reference", "--loss-weighting",
                    " | --head-steps 16,32,48", " | --head-steps 48,32,16", " | --step-rule locked"],
-    "diversity": [f"--target {target} --patch-size 2 --head-steps 8{head}{drawn}" for target in ("full", "next") for head in ("", " --no-head-mixing") for drawn in
-                  ("", *(f" | {flags}" for flags in ("--coupling 0.1", "--coupling 0.3", "--step-rule locked", "--temperature 1", "--temperature 1.1", "--guidance 2,1,1", "--guidance 1,2,2")))],
+    "diversity": [f"--target {target} --patch-size 2 --head-steps 8{head}{drawn}" for target, coupled in (("full", ("--coupling 0.1", "--coupling 0.3")), ("next", ()))
+                  for head in ("", " --no-head-mixing") for drawn in ("", *(f" | {flags}" for flags in (*coupled, "--step-rule locked", "--temperature 1", "--temperature 1.1", "--guidance 2,1,1", "--guidance 1,2,2")))],
     **dict.fromkeys(("spectral_bias", "quantisation"), "tutorial.ipynb"),       # its cells that have the name as tag
 }
 DIGITS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "digits.npz")
@@ -67,6 +67,7 @@ def memory_map(path, key, shape, chunks):
         with tempfile.TemporaryDirectory(dir=folder.parent) as part:            # its own: another run may do the same
             new = Path(part, folder.name)                                       # with the usual permissions, which `part` has not
             new.mkdir()
+            check(shutil.disk_usage(new).free > np.prod(shape, dtype=float), f"{folder} needs {np.prod(shape, dtype=float) / 1e9:.1f} GB, more than is free on the disk")
             array, labels = np.lib.format.open_memmap(new / "images.npy", "w+", np.uint8, shape), []
             for images, more in chunks:
                 array[len(labels):len(labels) + len(more)] = images
@@ -87,9 +88,8 @@ def load_folder(path, config, skip_bad=False):
         bad = []
         with ThreadPoolExecutor() as pool:
             for file, label, image in tqdm(zip(files, data.targets, pool.map(read, files)), total=len(files), desc="read images", unit="image"):
-                if image is None:
-                    bad.append(file)
-                else:
+                bad += [file] if image is None else []
+                if image is not None:
                     yield image[None], [label]
         check(skip_bad or not bad, f"{len(bad)} images cannot be read, first {', '.join(bad[:3])}: repair or remove them, or add --skip-bad")
         if bad:
@@ -104,8 +104,7 @@ class ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 def load_imagenet64(path, config, skip_bad=False):
-    """The official down-sampled ImageNet: path/train_data_batch_1 .. 10, pickled dicts with data uint8 [n, 12288] and labels 1..1000;
-    or folders."""
+    """The official down-sampled ImageNet: path/train_data_batch_1 .. 10, pickled dicts with data uint8 [n, 12288] and labels 1..1000; or folders."""
     if os.path.isdir(os.path.join(path or "", "train")):
         return load_folder(path, config, skip_bad)
     files = [os.path.join(path or "", f"train_data_batch_{k}") for k in range(1, 11)]
@@ -159,7 +158,7 @@ def cache_latents(root, name, out, size, device, batch=32):
 def load_latents(path, *_):
     with told(f"--path {path}: there is no whole latents.json; make it with --cache-latents IMAGES --vae NAME --path {path}"):
         info = json.loads(Path(path or "", "latents.json").read_text())
-        check("scale" in info, "it has no scale")
+        check({"scale", "vae", "classes"} <= set(info), "it lacks scale, vae or classes")
     load_vae(info["vae"])                                                       # an error now, not after the training
     return torch.from_numpy(np.load(os.path.join(path, "moments.npy"), mmap_mode="c")), torch.from_numpy(np.load(os.path.join(path, "labels.npy"))), info
 
@@ -259,7 +258,8 @@ def train(args, config, images, labels, info):
             bar.set_postfix_str(f"step {state['step']}, loss {mean:.4f}, {rate:.0f} images/s, {100 * rate * share:.0f} % of peak", refresh=False)
             total.zero_()
             if rank == 0 and (done or state["seconds"] - saved > 60 * args.save_minutes):
-                torch.save(dict(state, config=config.to_dict(), model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()), ckpt + ".part")
+                with open(ckpt + ".part", "wb") as f:
+                    torch.save(dict(state, config=config.to_dict(), model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()), f)
                 os.replace(ckpt + ".part", ckpt)                                # the checkpoint is whole or not there, and its loss finite
                 saved = state["seconds"]
             logged = state["step"], time.perf_counter() - start                 # the rate leaves out what logging takes
@@ -332,7 +332,7 @@ def parse_args(argv=None):
         p.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=f"{text} (default: %(default)s)")
     add_settings(p.add_argument_group("model settings (far.FARConfig); defaults as --data, --preset and --paper set them"), [f.name for f in fields(FARConfig)], config)
     args, kept, state = p.parse_args(argv), defaults, dict(step=0, seconds=0.0)
-    load_ordering(args.ordering or "", args.image_size or config.image_size, args.channels or config.channels)
+    load_ordering(args.ordering or "", 0 if args.resume else args.image_size or config.image_size, args.channels or config.channels)
     if args.resume:
         model, state = load_checkpoint(ckpt)
         check({"optimizer", "settings"} <= set(state), f"{ckpt} holds weights alone and cannot be resumed")
@@ -358,8 +358,9 @@ def main(argv=None):
     config, ckpt, world = args.config, os.path.join(args.out, "ckpt.pt"), int(os.environ.get("WORLD_SIZE", 1))
     check(not (args.resume and args.overwrite), "--resume and --overwrite exclude each other")
     for name in "steps max_minutes batch grad_accum lr warmup log_every clip save_minutes".split():
-        check(getattr(args, name) is None or getattr(args, name) > 0, f"--{name.replace('_', '-')} must be above 0")
-    check(0 <= args.ema < 1 and args.seed >= 0 and args.weight_decay >= 0, "--ema must lie in [0, 1), --seed and --weight-decay must be at least 0")
+        check(getattr(args, name) is None or 0 < getattr(args, name) < 1e9, f"--{name.replace('_', '-')} must be above 0 and below 1e9")
+    check(0 <= args.ema < 1 and 0 <= args.seed < 2 ** 63 and args.weight_decay >= 0, "--ema must lie in [0, 1), --seed and --weight-decay must be at least 0")
+    check(args.data != "digits" or not args.path or args.cache_latents, f"--path {args.path} is of no use with --data digits: add --data folder, cifar10, imagenet64 or latents")
     check(config.cond_dim == 0, "--cond-dim is for models that are trained from Python with embeddings; the data here has classes")
     check(args.cache_latents or args.batch % (args.grad_accum * world) == 0, f"--batch {args.batch} is not divisible by --grad-accum {args.grad_accum} times {world} processes")
     check(args.resume or args.overwrite or args.cache_latents or not os.path.exists(ckpt), f"{ckpt} exists: add --resume to continue it, --overwrite to start again, or choose another --out")
@@ -375,9 +376,8 @@ def main(argv=None):
         if turn == min(dist.get_rank(), 1):
             images, labels, info = globals()["load_" + args.data](args.path, config, args.skip_bad)
         dist.barrier()
-    shape = (images.shape[2] // 2, *images.shape[3:]) if "scale" in info else images.shape[1:]
-    check(tuple(shape) == (config.channels, config.image_size, config.image_size),
-          f"--data {args.data} has images of {list(shape)}, the model takes [{config.channels}, {config.image_size}, {config.image_size}]: choose another --preset or --image-size and --channels")
+    shape, takes = [images.shape[2] // 2, *images.shape[3:]] if "scale" in info else list(images.shape[1:]), [config.channels, config.image_size, config.image_size]
+    check(shape == takes, f"--data {args.data} has images of {shape}, the model takes {takes}: choose another --preset or --image-size and --channels")
     classes = len(info["classes"])
     config = config if args.resume or "num_classes" in args.given else replace(config, num_classes=classes)
     check(config.num_classes == 0 or config.num_classes >= classes, f"{classes} classes of images, but num_classes is {config.num_classes}")
