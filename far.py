@@ -151,13 +151,15 @@ class FARConfig:
     mask: str = "none"                  # input masks, see mask_bounds
     loss_weighting: bool = False        # w_i of loss_weights
     label_dropout: float = 0.1          # share of labels dropped, for guidance
-    guidance: object = 1.0              # float, or one a level; the sampler's settings from here on, see FAR.sample
-    guidance_schedule: str = "linear"
-    solver: str = "dpmpp_2m"
-    head_steps: object = 12             # int, one int a level, or "paper" (40 to 100)
-    temperature: object = 1.0           # float, one a level, or "paper" (0.8 to 1)
-    step_rule: str = "paper"
-    coupling: object = 0.0              # float, or one a level
+    # What FAR.sample may override. i = 0 .. F-1: the step from x_i to x_{i+1}.
+    guidance: object = 1.0              # g >= 0, or one g_i a level: the head's prediction is u + g_i (p - u), p with and u without label
+    guidance_schedule: str = "linear"   # of one g: g_i = 1 + (g - 1) i/F, none at the first level; or constant: g_i = g
+    solver: str = "dpmpp_2m"            # ddpm, ddim or dpmpp_2m, see Path.sample
+    head_steps: object = 12             # steps of the solver: int, one a level, or "paper" (40 to 100)
+    temperature: object = 1.0           # factor on the head's noise: float, one a level, or "paper" (0.8 to 1)
+    step_rule: str = "paper"            # x_{i+1} = P_{i+1} xhat; or locked: x_i + P_{i+1} xhat - P_i xhat, which keeps what was known
+    coupling: object = 0.0              # rho in [0, 1] of couple_noise, or one a level: in k x k cells, k = round(keep_{i+1} H), where that is less than the
+                                        # token grid's side; for target full alone (the noise of the others is low-passed, so that neighbours share it anyway)
 
     def __post_init__(self):
         numbers = isinstance(self.levels, (tuple, list)) and all(isinstance(keep, (int, float)) for keep in self.levels)
@@ -168,7 +170,7 @@ class FARConfig:
             check(getattr(self, name) in tuple(allowed), f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         for f in fields(self):
             value, least = getattr(self, f.name), 0 if f.name in ("num_classes", "cond_tokens", "cond_dim", "levels_per_image") else 1
-            check(f.type is not int or isinstance(value, int) and value >= least, f"{f.name} is {value!r}; it must be a whole number of at least {least}")
+            check(f.type is not int or type(value) is int and value >= least, f"{f.name} is {value!r}; it must be a whole number of at least {least}")
             check(f.type is not float or isinstance(value, (int, float)) and 0 <= value <= 1, f"{f.name} is {value!r}; it must lie in [0, 1]")
             check(f.type is not bool or isinstance(value, bool), f"{f.name} is {value!r}; it must be True or False")
         self.patch_sizes = per_level(self.patch_size, len(self.levels), "patch_size")
@@ -481,7 +483,7 @@ class FAR(nn.Module):
         if not c.cond_dim and labels.device.type == "cpu":
             check(0 <= labels.min() and labels.max() < c.num_classes, f"labels lie in {labels.min()} .. {labels.max()}; allowed: 0 .. {c.num_classes - 1}")
         label = self.transformer.label(labels.to(device).float()) if c.cond_dim else self.transformer.label(labels.to(device))[:, None]
-        return torch.where((torch.rand if dropout else torch.ones)(B, 1, 1, device=device) < dropout, no_label, label)  # no dropout: no random numbers
+        return torch.where(torch.rand(B, 1, 1, device=device) < dropout, no_label, label) if dropout else label
 
     def band(self, tokens, i):
         """The part of an image that level i draws, tokens [B, N, D] -> [B, N, D]: all of it (target full), P_{i+1} x (next) or P_{i+1} x - P_i x
@@ -502,14 +504,15 @@ class FAR(nn.Module):
                 self.data_scale[i] = self.band(patchify(x, p), i).std().clamp(min=1e-6)
 
     def losses(self, images, labels, k):
-        """Diffusion losses of the steps x_i -> x_{i+1}, [F], i = 0 .. F-1, each the mean over its images. Each image trains k levels and every level has the same share of the images,
-        to within one and at least one (more than k levels an image where B < F / k); with causal attention all train all."""
+        """Diffusion losses of the steps x_i -> x_{i+1}, [F], i = 0 .. F-1, each the mean over its images. Each image trains k levels (more where B < F / k),
+        and every level has the same share of the images, to within one and at least one; with causal attention all train all."""
         c, F, images = self.config, len(self.config.levels), self.as_images(images)
         B, causal, cond = len(images), c.attention == "causal", self.condition(labels, len(images), c.label_dropout if self.training else 0.0)
         order = torch.rand(B, device=images.device).argsort().repeat(F if causal else max(k, math.ceil(F / B)))
         rows = order.tensor_split(F)                                            # [b] each: the images that train level i
-        visible = [patchify(self.project(images[r], i), p) for i, (r, p) in enumerate(zip(rows, c.patch_sizes))]
-        target = [self.band(patchify(images[r], p), i) / self.data_scale[i] for i, (r, p) in enumerate(zip(rows, c.patch_sizes))]
+        levels = [(i, images[r], p) for i, (r, p) in enumerate(zip(rows, c.patch_sizes))]
+        visible = [patchify(self.project(x, i), p) for i, x, p in levels]
+        target = [self.band(patchify(x, p), i) / self.data_scale[i] for i, x, p in levels]
         noise = [self.band(torch.randn_like(x.repeat_interleave(c.head_draws, 0)), i) / self.noise_scale[i] for i, x in enumerate(target)]
         z, losses = self.transformer(visible, 0, cond[rows[0]]) if causal else None, {}
         kinds = range(F) if causal else c.patch_sizes                           # markov: levels with patches of one size go through the networks as one batch
@@ -550,13 +553,10 @@ class FAR(nn.Module):
     def sample(self, labels, *, known=None, stops=None, generator=None, return_levels=False, **settings):
         """Draws images level by level: z_i from the transformer, xhat from the head, x_{i+1} by the step rule.
         labels: int64 [B] or float [B, K, cond_dim]; or an int n for n images without label (and without guidance).
-        known: (x, i) starts from what images x [B or 1, C, H, H] show at level i < F. generator: a torch.Generator, or a list of one an image.
+        known: (x, i) starts from what images x [B or 1, C, H, H] show at level i < F (0 or one of the stops). generator: a torch.Generator, or a list of one an image.
         stops: some of the config's levels, 1 among them: the model takes these steps alone, each with the settings of the x_i it leaves (for target full and attention markov).
-        settings (the config's by default): guidance: the head's prediction is u + g_i (p - u), p with and u without label; one g_i >= 0 a level, or g for all: guidance_schedule "linear": g_i
-        = 1 + (g - 1) i/F for i = 0 .. F-1 (none at the first level), "constant": g_i = g. head_steps: int, one a level, or "paper" (40 to 100). solver: see Path.sample. temperature: factor
-        on the head's noise, one a level, or "paper" (0.8 to 1). step_rule: "paper" x_{i+1} = P_{i+1} xhat, or "locked" x_{i+1} = x_i + P_{i+1} xhat - P_i xhat, which keeps what was known.
-        coupling (target full; the noise of the others is low-passed, so that neighbours share it anyway): rho in [0, 1] of couple_noise, or one a level; k x k cells, k = round(keep_{i+1} H),
-        none where k reaches the token grid's side. Returns [B, C, H, H] in about [-1, 1], or with return_levels [B, F, C, H, H], x_1 .. x_F (or stops). ValueError on bad arguments."""
+        settings: those of FARConfig from guidance on, whose values are the default.
+        Returns [B, C, H, H] in about [-1, 1], or with return_levels [B, F, C, H, H], x_1 .. x_F (or stops). ValueError on bad arguments."""
         check(set(settings) <= set(SAMPLING), f"settings are {', '.join(settings)}; allowed: {', '.join(SAMPLING)}")
         c, device, levels = replace(self.config, **settings), self.data_scale.device, len(self.config.levels)
         guidance, steps, temperature, coupling = (per_level(getattr(c, name), levels, name) for name in ("guidance", "head_steps", "temperature", "coupling"))

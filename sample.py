@@ -32,7 +32,7 @@ def load_checkpoint(path, device="cpu"):
         rest = torch.load(path, map_location="cpu", weights_only=True)
     check(isinstance(rest, dict) and isinstance(rest.get("config"), dict) and "ema" in rest, f"{path} holds no FAR model: config and ema are missing")
     name = str(rest["config"].get("ordering"))
-    check(":" not in name or name in ORDERINGS, f"{path} was trained with an ordering of its own: add --ordering {name}")
+    check(":" not in name or name in ORDERINGS, f"{path} was trained with an ordering of its own: add --ordering {name}, in Python far.ORDERINGS[{name!r}] = the function")
     with told(f"{path} does not fit this version of far.py"):
         model = FAR(FARConfig.from_dict(rest["config"]))
         model.load_state_dict(rest.pop("ema"))
@@ -123,7 +123,7 @@ def parse_labels(text, n, num_classes):
     if text == "none":
         return n
     with told(f"--labels {text} is not understood; write classes as 0-9 or 1,5,7, or none"):
-        classes = [k for part in text.split(",") for k in range(int(part.split("-")[0]), int(part.split("-")[-1]) + 1)]
+        classes = [k for part in text.split(",") for a, _, b in [part.partition("-")] for k in range(int(a), int(b or a) + 1)]
     check(classes and max(classes) < num_classes, f"--labels {text} is out of range: the model knows {num_classes} classes, from 0")
     return torch.tensor([classes[i * len(classes) // n] for i in range(n)])
 
@@ -172,7 +172,7 @@ def main(argv=None, count=False):
     p.add_argument("--keep", type=float, help="with --from: the share of the picture's bandwidth that stays, one of the model's levels")
     p.add_argument("--stops", type=numbers(float, alone=False), help="fewer steps: draw these levels of the model alone, such as 0.25,1 (for target full)")
     p.add_argument("--ordering", help="file.py:function, for a model that was trained with it")
-    add_settings(p.add_argument_group("sampling, see FAR.sample"), SAMPLING)
+    add_settings(p.add_argument_group("sampling, see far.FARConfig"), SAMPLING)
     p.add_argument("--paper", action="store_true", help="--solver ddpm --head-steps paper --temperature paper, unless given")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast: a little coarser; faster on CUDA (default there) and on CPUs with bfloat16 arithmetic, slower on others")

@@ -1241,7 +1241,7 @@ def test_bad_checkpoints(digits, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--seed", "-1"], "at least 0"), (["--npz", "."], "is a folder"), (["--real", "nowhere"], "an npz file"), (["--real", "cut.npz"], "an npz file"), (["--export", "there/x.pt/.."], "is a folder"), (["--npz", "float.npz", "--real", "float.npz"], "is read here"), (["--real", "float.npz"], "uint8"), (["--real", "names.npz"], "uint8"), (["--labels", "0-10"], "10 classes"), (["--labels", "cat"], "not understood"), (["--labels", "5-3"], "out of range"), (["--n", "0"], "at least 1"), (["--head-steps", "0"], "at least 1")])
+    (["--seed", "-1"], "at least 0"), (["--npz", "."], "is a folder"), (["--real", "nowhere"], "an npz file"), (["--real", "cut.npz"], "an npz file"), (["--export", "there/x.pt/.."], "is a folder"), (["--npz", "float.npz", "--real", "float.npz"], "is read here"), (["--real", "float.npz"], "uint8"), (["--real", "names.npz"], "uint8"), (["--labels", "0-10"], "10 classes"), (["--labels", "cat"], "not understood"), (["--labels", "1-3-5"], "not understood"), (["--labels", "5-3"], "out of range"), (["--n", "0"], "at least 1"), (["--head-steps", "0"], "at least 1")])
 def test_wrong_sample_flags(digits, flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savez("float.npz", np.zeros((9, 8, 8, 1), np.float32), np.arange(9)), np.savez("names.npz", np.array(["a", "b"]))

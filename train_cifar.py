@@ -267,7 +267,7 @@ def train(args, config, images, labels, info):
     if interrupted:
         sys.exit(f"stopped at step {state['step']}, saved in {ckpt}; --resume goes on from there")
     if rank == 0:
-        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(f"wrote {ckpt} and {log.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {rate:.3g} images/s, peak memory {memory / 2 ** 30:.2f} GiB")
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def main(argv=None):
     check(not (args.resume and args.overwrite), "--resume and --overwrite exclude each other")
     for name in "steps max_minutes batch grad_accum lr warmup log_every clip save_minutes".split():
         check(getattr(args, name) is None or 0 < getattr(args, name) < 1e9, f"--{name.replace('_', '-')} must be above 0 and below 1e9")
-    check(0 <= args.ema < 1 and 0 <= args.seed < 2 ** 63 and args.weight_decay >= 0, "--ema must lie in [0, 1), --seed and --weight-decay must be at least 0")
+    check(0 <= args.ema < 1 and 0 <= args.seed < 2 ** 63 and args.weight_decay >= 0, "--ema must lie in [0, 1), --seed in [0, 2^63), and --weight-decay be at least 0")
     check(args.data != "digits" or not args.path or args.cache_latents, f"--path {args.path} is of no use with --data digits: add --data folder, cifar10, imagenet64 or latents")
     check(config.cond_dim == 0, "--cond-dim is for models that are trained from Python with embeddings; the data here has classes")
     check(args.cache_latents or args.batch % (args.grad_accum * world) == 0, f"--batch {args.batch} is not divisible by --grad-accum {args.grad_accum} times {world} processes")
