@@ -483,7 +483,7 @@ class FAR(nn.Module):
         if not c.cond_dim and labels.device.type == "cpu":
             check(0 <= labels.min() and labels.max() < c.num_classes, f"labels lie in {labels.min()} .. {labels.max()}; allowed: 0 .. {c.num_classes - 1}")
         label = self.transformer.label(labels.to(device).float()) if c.cond_dim else self.transformer.label(labels.to(device))[:, None]
-        return torch.where(torch.rand(B, 1, 1, device=device) < dropout, no_label, label) if dropout else label
+        return torch.where((torch.rand if dropout else torch.ones)(B, 1, 1, device=device) < dropout, no_label, label)  # no dropout: no random numbers, same gradients
 
     def band(self, tokens, i):
         """The part of an image that level i draws, tokens [B, N, D] -> [B, N, D]: all of it (target full), P_{i+1} x (next) or P_{i+1} x - P_i x
