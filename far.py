@@ -86,8 +86,8 @@ def check_ordering(fn, size, channels=3):
     on Gaussian images of deviation 1). Returns list[str], empty when all hold: shape, zero at 0, identity at 1, linear, idempotent, nested."""
     x, y = torch.randn(2, 2, channels, size, size, generator=torch.Generator().manual_seed(0))
     keeps, fn = [0.125, 0.25, 0.4, 0.5, 0.75, 1.0], lambda x, keep, fn=fn: fn(x.clone(), keep)  # fn may write into x
-    for a in [a for a in (0.0, *keeps) if fn(x, a).shape != x.shape]:
-        return [f"shape: {list(x.shape)} becomes {list(fn(x, a).shape)} at keep {a:g}"]
+    if shapes := [f"shape: {list(x.shape)} becomes {list(fn(x, a).shape)} at keep {a:g}" for a in (0.0, *keeps) if fn(x, a).shape != x.shape]:
+        return shapes[:1]
     checks = [("zero at 0", "keep 0", fn(x, 0.0), 0 * x), ("identity at 1", "keep 1", fn(x, 1.0), x)]
     for n, a in enumerate(keeps):
         P = fn(x, a)
@@ -229,7 +229,7 @@ def mask_bounds(F, direction):
 def masked_share(lower):
     """Draws shares from a Gaussian of mean 1 and deviation 0.25 cut off to [lower, 1], shaped like lower, by inverting its distribution function."""
     low = torch.special.ndtr((lower - 1) / 0.25)
-    return (1 + 0.25 * torch.special.ndtri(low + (0.5 - low) * torch.rand_like(lower)))
+    return 1 + 0.25 * torch.special.ndtri(low + (0.5 - low) * torch.rand_like(lower))
 
 def head_step_schedule(F, low=40, high=100):
     """Frequency-aware head steps: list of F whole numbers rising linearly from low to high (mean 70); F = 1 gives [high]."""
@@ -483,7 +483,7 @@ class FAR(nn.Module):
         if not c.cond_dim and labels.device.type == "cpu":
             check(0 <= labels.min() and labels.max() < c.num_classes, f"labels lie in {labels.min()} .. {labels.max()}; allowed: 0 .. {c.num_classes - 1}")
         label = self.transformer.label(labels.to(device).float()) if c.cond_dim else self.transformer.label(labels.to(device))[:, None]
-        return torch.where((torch.rand if dropout else torch.ones)(B, 1, 1, device=device) < dropout, no_label, label)  # no dropout: no random numbers, same gradients
+        return torch.where((torch.rand if dropout else torch.ones)(B, 1, 1, device=device) < dropout, no_label, label)  # no dropout: no random numbers, but no_label stays in the graph, for DDP
 
     def band(self, tokens, i):
         """The part of an image that level i draws, tokens [B, N, D] -> [B, N, D]: all of it (target full), P_{i+1} x (next) or P_{i+1} x - P_i x

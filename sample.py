@@ -74,8 +74,7 @@ def matmul_rate(device, dtype):
     """Floating-point operations a second of a large matrix product: the peak that training is measured against."""
     from torch.utils.benchmark import Timer                                     # slow to import, and not needed to draw
     n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n ** 3 / Timer("a @ a", globals=dict(a=a), num_threads=torch.get_num_threads()).blocked_autorange().median
+    return 2 * n ** 3 / Timer("a @ a", globals=dict(a=torch.randn(n, n, device=device, dtype=dtype)), num_threads=torch.get_num_threads()).blocked_autorange().median
 
 def seed_of(*numbers):                                                          # one seed from several whole numbers of at least 0
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -90,6 +89,11 @@ def read_image(path, size, channels=3):
         return None
     image = torchvision.transforms.functional.center_crop(image, min(image.size)).resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+
+def write_file(path, save):                                                     # by save(file); it is there once it is whole
+    with open(path + ".part", "wb") as file:
+        save(file)
+    os.replace(path + ".part", path)
 
 def list_folder(path, option):
     """path/train/<class>/* -> torchvision's ImageFolder."""
@@ -196,9 +200,7 @@ def main(argv=None, count=False):
         os.makedirs(os.path.dirname(file) or ".", exist_ok=True)                # an error now, not after the sampling
         check(os.access(os.path.dirname(file) or ".", os.W_OK) and not os.path.isdir(file) and file not in (args.ckpt, args.real), f"{file} is a folder, is read here, or cannot be written: choose another")
     if args.export:
-        with open(args.export + ".part", "wb") as f:
-            torch.save(dict(config=replace(c, **settings).to_dict(), ema=model.half().state_dict(), latents=latents), f)  # read as float32 again
-        os.replace(args.export + ".part", args.export)
+        write_file(args.export, lambda f: torch.save(dict(config=replace(c, **settings).to_dict(), ema=model.half().state_dict(), latents=latents), f))  # read as float32 again
         return print(f"wrote {args.export}, {os.path.getsize(args.export) / 1e6:.1f} MB")
     if args.image:
         keeps, picture = (0.0, *c.levels[:-1]), read_image(args.image, c.image_size, c.channels) if c.channels in (1, 3) and not vae else None
@@ -225,10 +227,8 @@ def main(argv=None, count=False):
             rows += [pictures(levels[i - start])] if i in strip else []
     seconds = time.perf_counter() - begin
     written = [save_grid(torch.stack(grid), os.path.join(args.out, "samples.png"), 10 if args.n <= 100 else 20), save_grid(torch.cat(rows), os.path.join(args.out, "levels.png"), len(stops))]
-    if args.npz:                                                                # named arr_0 and arr_1; there once it is whole
-        with open(args.npz + ".part", "wb") as f:
-            np.savez(f, np.concatenate(pixels), *([labels] if torch.is_tensor(labels) else []))
-        os.replace(args.npz + ".part", args.npz)
+    if args.npz:                                                                # named arr_0 and arr_1
+        write_file(args.npz, lambda f: np.savez(f, np.concatenate(pixels), *([labels] if torch.is_tensor(labels) else [])))
     print(f"{args.n} images in {seconds:.1f} s; wrote", *written, *filter(None, (args.png, args.npz)))
     if count:                                                                   # a second time, one image
         flops = count_flops(lambda: model.sample(labels[:1] if torch.is_tensor(labels) else 1, **settings))

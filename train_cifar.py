@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import sample
 from far import FAR, FARConfig, ORDERINGS, PRESETS, check, dct
-from sample import add_settings, count_flops, list_folder, load_checkpoint, load_ordering, load_vae, matmul_rate, read_image, seed_of, told, use_device
+from sample import add_settings, count_flops, list_folder, load_checkpoint, load_ordering, load_vae, matmul_rate, read_image, seed_of, told, use_device, write_file
 
 DATA = {  # data set -> default preset and training settings
     "digits": dict(preset="digits", batch=64, lr=3e-3, ema=0.999, max_minutes=2.0),
@@ -43,8 +43,9 @@ DIGITS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "dig
 KEPT = "data seed batch steps max_minutes lr lr_schedule warmup weight_decay clip ema flip bf16 grad_accum".split()  # by a resumed run, unless told otherwise
 
 # --- Data: load(path, config, skip_bad) -> images uint8 [n, C, H, H] (or the moments of latents), labels int64 [n], dict(classes=names, ..)
-def load_digits(*_):
+def load_digits(path=None, *_):
     """1,797 real 8 x 8 digits of the UCI optical recognition set, values 0..16 stored as 0..255."""
+    check(not path, f"--path {path} is of no use with --data digits: add --data folder, cifar10, imagenet64 or latents")
     d = np.load(DIGITS)
     return torch.from_numpy(d["images"]).permute(0, 3, 1, 2), torch.from_numpy(d["labels"]), dict(classes=list("0123456789"))
 
@@ -67,7 +68,7 @@ def memory_map(path, key, shape, chunks):
         with tempfile.TemporaryDirectory(dir=folder.parent) as part:            # its own: another run may do the same
             new = Path(part, folder.name)                                       # with the usual permissions, which `part` has not
             new.mkdir()
-            check(shutil.disk_usage(new).free > np.prod(shape, dtype=float), f"{folder} needs {np.prod(shape, dtype=float) / 1e9:.1f} GB, more than is free on the disk")
+            check((need := np.prod(shape, dtype=float)) < shutil.disk_usage(new).free, f"{folder} needs {need / 1e9:.1f} GB, more than is free on the disk")
             array, labels = np.lib.format.open_memmap(new / "images.npy", "w+", np.uint8, shape), []
             for images, more in chunks:
                 array[len(labels):len(labels) + len(more)] = images
@@ -88,8 +89,9 @@ def load_folder(path, config, skip_bad=False):
         bad = []
         with ThreadPoolExecutor() as pool:
             for file, label, image in tqdm(zip(files, data.targets, pool.map(read, files)), total=len(files), desc="read images", unit="image"):
-                bad += [file] if image is None else []
-                if image is not None:
+                if image is None:
+                    bad.append(file)
+                else:
                     yield image[None], [label]
         check(skip_bad or not bad, f"{len(bad)} images cannot be read, first {', '.join(bad[:3])}: repair or remove them, or add --skip-bad")
         if bad:
@@ -258,9 +260,8 @@ def train(args, config, images, labels, info):
             bar.set_postfix_str(f"step {state['step']}, loss {mean:.4f}, {rate:.0f} images/s, {100 * rate * share:.0f} % of peak", refresh=False)
             total.zero_()
             if rank == 0 and (done or state["seconds"] - saved > 60 * args.save_minutes):
-                with open(ckpt + ".part", "wb") as f:
-                    torch.save(dict(state, config=config.to_dict(), model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()), f)
-                os.replace(ckpt + ".part", ckpt)                                # the checkpoint is whole or not there, and its loss finite
+                kept = dict(state, config=config.to_dict(), model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
+                write_file(ckpt, lambda f: torch.save(kept, f))                 # whole or not there, and its loss finite
                 saved = state["seconds"]
             logged = state["step"], time.perf_counter() - start                 # the rate leaves out what logging takes
     bar.close(), log.close()
@@ -360,7 +361,6 @@ def main(argv=None):
     for name in "steps max_minutes batch grad_accum lr warmup log_every clip save_minutes".split():
         check(getattr(args, name) is None or 0 < getattr(args, name) < 1e9, f"--{name.replace('_', '-')} must be above 0 and below 1e9")
     check(0 <= args.ema < 1 and 0 <= args.seed < 2 ** 63 and args.weight_decay >= 0, "--ema must lie in [0, 1), --seed in [0, 2^63), and --weight-decay be at least 0")
-    check(args.data != "digits" or not args.path or args.cache_latents, f"--path {args.path} is of no use with --data digits: add --data folder, cifar10, imagenet64 or latents")
     check(config.cond_dim == 0, "--cond-dim is for models that are trained from Python with embeddings; the data here has classes")
     check(args.cache_latents or args.batch % (args.grad_accum * world) == 0, f"--batch {args.batch} is not divisible by --grad-accum {args.grad_accum} times {world} processes")
     check(args.resume or args.overwrite or args.cache_latents or not os.path.exists(ckpt), f"{ckpt} exists: add --resume to continue it, --overwrite to start again, or choose another --out")
