@@ -167,14 +167,14 @@ def main(argv=None, count=False):
     p.add_argument("--n", type=int, default=100, help="number of images (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="image i depends on seed, i and its label alone (default: %(default)s)")
     p.add_argument("--batch", type=int, default=250, help="images drawn at a time (default: %(default)s)")
-    p.add_argument("--out", default="out/samples", help="folder of samples.png and levels.png, a row x_1 .. x_F for the first image of each class (default: %(default)s)")
+    p.add_argument("--out", default="out/samples", help="folder of samples.png (at most 400 images) and levels.png, a row x_1 .. x_F for the first image of each class, at most ten (default: %(default)s)")
     p.add_argument("--bench", action="store_true", help="draw with the solvers and head steps of a table: seconds, operations and, with --real, scores of each")
     p.add_argument("--npz", help="write all images to this file: arr_0 uint8 [n, H, W, C], arr_1 int64 [n]")
     p.add_argument("--real", help="npz file of real images [m, H, W, C] and labels, such as assets/digits.npz: print fd, precision, recall, class_acc (pixels)")
     p.add_argument("--png", help="write every image as a PNG into this folder")
     p.add_argument("--from", dest="image", metavar="IMAGE", help="draw variations of a picture: what it shows at --keep stays (unless --step-rule paper)")
     p.add_argument("--keep", type=float, help="with --from: the share of the picture's bandwidth that stays, one of the model's levels")
-    p.add_argument("--stops", type=numbers(float, alone=False), help="fewer steps: draw these levels of the model alone, such as 0.25,1 (for target full)")
+    p.add_argument("--stops", type=numbers(float, alone=False), help="fewer steps: draw these levels of the model alone, such as 0.25,1 (for target full and attention markov)")
     p.add_argument("--ordering", help="file.py:function, for a model that was trained with it")
     add_settings(p.add_argument_group("sampling, see far.FARConfig"), SAMPLING)
     p.add_argument("--paper", action="store_true", help="--solver ddpm --head-steps paper --temperature paper, unless given")
@@ -188,7 +188,7 @@ def main(argv=None, count=False):
     c, latents, args.bf16 = model.config, rest.get("latents"), device.type == "cuda" if args.bf16 is None else args.bf16
     if args.bench and not count:
         rising = [str(round(4 + 8 * i / max(len(c.levels) - 1, 1))) for i in range(len(c.levels))]  # as many steps as with 8 a level
-        for flags in ("--paper", *(f"--solver {s} --head-steps {n}" for s in ("ddim", "dpmpp_2m") for n in (4, 6, 8, 12, 25, ",".join(rising), ",".join(rising[::-1])))):
+        for flags in ("--solver ddpm --head-steps paper --temperature paper", *(f"--solver {s} --head-steps {n}" for s in ("ddim", "dpmpp_2m") for n in (4, 6, 8, 12, 25, ",".join(rising), ",".join(rising[::-1])))):
             print(f"\n{flags}"), main([*(sys.argv[1:] if argv is None else argv), *flags.split()], count=True)
         return
     check(args.ordering in (None, c.ordering) and (args.image or args.keep is None), f"--ordering must be the model's own, {c.ordering}; --keep needs --from")

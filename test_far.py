@@ -18,6 +18,7 @@ import pathlib
 import pickle
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -304,7 +305,8 @@ def test_paper_presets():
     for name in far.PRESETS:
         c = FARConfig.preset(name, paper=True)
         assert (c.head_mixing, c.target, c.prediction, c.schedule, c.solver, c.head_steps) == (False, "full", "eps", "cosine", "ddpm", "paper")
-        assert c.levels == PAPER_LEVELS and len(c.levels) == 10 and c.attention == "causal" and c.ordering == FARConfig.preset(name).ordering
+        assert (c.temperature, c.mask, c.loss_weighting, c.head_draws, c.patch_size) == ("paper", "text", True, 4, 1 if name.startswith("far") else 4)
+        assert c.levels == PAPER_LEVELS == (0.125, 0.1875, 0.25, 0.3125, 0.375, 0.4375, 0.5, 0.5625, 0.625, 1.0) and c.attention == "causal" and c.ordering == FARConfig.preset(name).ordering
     assert FARConfig.from_dict(c.to_dict()) == c and FARConfig.preset("digits", paper=True, width=32).width == 32
 
 
@@ -585,9 +587,33 @@ def test_label_dropping():
                 losses[dropout, training, label] = model(images, torch.full((8,), label)).item()
     assert losses[1.0, True, 2] == losses[1.0, True, 7] and losses[0.0, True, 2] != losses[0.0, True, 7]
     assert losses[1.0, False, 2] != losses[1.0, False, 7]
+    dropped = (model.condition(torch.arange(3000) % 10, 3000, 0.3) == model.transformer.no_label).all(2)  # each image for itself
+    assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.03)
+
+
+def test_dropout_is_in_every_block_and_for_training_alone():
+    tokens = [torch.randn(2, 16, 4) for _ in range(3)]
+    for other in ("attention.dropout", "dropout.p"):                            # attention and branches each without the other
+        model = tiny(dropout=0.3, **CAUSAL)
+        for block in model.transformer.blocks:
+            part, name = other.split(".")
+            assert getattr(getattr(block, part), name) == 0.3
+            setattr(getattr(block, part), name, 0.0)
+        a, b, c, d = (model.train(training).transformer(tokens, 0, model.condition(None, 2))[2] for training in (True, True, False, False))
+        assert torch.equal(c, d) and not torch.allclose(a, b) and not torch.allclose(a, c)
+
+
+def test_embeddings_act_on_tokens_and_head_by_their_mean():
+    model, cond, tokens = tiny(**dict(CAUSAL, cond_tokens=3, cond_dim=5)), torch.randn(4, 3, 16), torch.randn(4, 16, 4)
+    difference = model.transformer.embed(tokens, 1, cond) - model.transformer.embed(tokens, 1, 0 * cond)
+    assert torch.allclose(difference, cond.sum(1, keepdim=True).expand(4, 16, 16) / 3, atol=1e-5)
+    z, label = torch.randn(4, 16, 16), model.head.label
+    difference = model.head.project(z, 1, cond)[1] - model.head.project(z, 1, 0 * cond)[1]
+    assert torch.allclose(difference[:, 0], (cond.sum(1) / 3) @ label.weight.T, atol=1e-5)
 
 
 def test_mask_replaces_the_drawn_share_of_tokens(monkeypatch):
+    assert torch.equal(tiny(mask="reference").transformer.mask_bounds, mask_bounds(3, "reference"))
     model = tiny(mask="text").train()
     bounds, tokens = [], torch.randn(50, 3, 16, 4)
     monkeypatch.setattr(far, "masked_share", lambda lower: bounds.append(lower) or torch.full_like(lower, 0.75))
@@ -683,7 +709,44 @@ def test_stops_leave_levels_out(stops):
     part.load_state_dict({name: value[rows] if name.endswith(("level.weight", "_scale")) else value for name, value in weights.items()})
     draw = lambda model, **kw: model.sample(labels, guidance=2.0, guidance_schedule="constant", generator=seeded(), return_levels=True, **kw)
     assert torch.allclose(draw(model, stops=stops), draw(part), atol=1e-5) and draw(part).shape[1] == len(stops)
+    locked = draw(model, stops=(0.25, 1.0), step_rule="locked")                 # adds all frequencies beyond 0.25, and those alone
+    assert torch.allclose(far.dct(locked[:, 1], 0.25), locked[:, 0], atol=1e-4) and (far.dct(locked[:, 1], 0.5) - locked[:, 0]).abs().max() > 0.01
     assert torch.equal(draw(model, stops=(0.25, 0.5, 1)), draw(model)) and not torch.allclose(draw(model)[:, -1], draw(part)[:, -1], atol=0.01)
+
+
+def test_each_level_draws_with_its_own_settings(monkeypatch):
+    """What the sampler of a level gets: the settings of the x_i it leaves, also where levels are left out; cells are those of the x_j it draws."""
+    model, seen, guides, cells = tiny(patch_size=1), [], [], []
+    run, guided, couple = model.head.path.sample, model.guided, far.couple_noise
+    monkeypatch.setattr(model.head.path, "sample", lambda *args: seen.append(args[2:5]) or run(*args))
+    monkeypatch.setattr(model, "guided", lambda *args: guides.append(args[3]) or guided(*args))
+    monkeypatch.setattr(far, "couple_noise", lambda *args: cells.append(args[2:]) or couple(*args))
+    settings = dict(head_steps=[1, 2, 3], temperature=[0.9, 0.8, 0.7], coupling=[0.1, 0.2, 0.3], solver="ddim", guidance=4.0, guidance_schedule="linear")
+    for stops, states, sides in ((None, (0, 1, 2), [(2, 0.1), (4, 0.2)]), ((0.5, 1.0), (0, 2), [(4, 0.1)]), ((0.25, 1.0), (0, 1), [(2, 0.1)])):
+        seen.clear(), guides.clear(), cells.clear()
+        model.sample(torch.arange(2), stops=stops, **settings)
+        assert seen == [([1, 2, 3][i], "ddim", [0.9, 0.8, 0.7][i]) for i in states] and guides == [1 + 3 * i / 3 for i in states] and cells == sides
+
+
+@pytest.mark.parametrize("target", ["full", "next", "residual"])
+def test_all_noise_of_a_level_lies_in_its_band_with_deviation_1(target, monkeypatch):
+    """The first noise and what an ancestral sampler adds."""
+    model, drawn = tiny(target=target), []
+    model.set_scales(torch.randn(500, 1, 8, 8))
+    monkeypatch.setattr(model.head.path, "sample", lambda network, noise, steps, solver, temperature, draw: drawn.append((noise, draw(noise))) or noise)
+    model.sample(500, solver="ddpm")
+    for i, (lower, upper) in enumerate(((0, 0.25), (0.25, 0.5), (0.5, 1))):
+        for tokens in drawn[i]:
+            x = unpatchify(tokens, 2, 1)
+            beyond = dict(full=0 * x, next=x - far.dct(x, upper), residual=x - far.dct(x, upper) + far.dct(x, lower))[target]
+            assert beyond.abs().max() < 1e-4 and x.std().item() == pytest.approx(1, abs=0.05)
+        assert (drawn[i][0] - drawn[i][1]).abs().max() > 0.1
+
+
+def test_filters_work_in_float32_under_autocast():
+    model, x = tiny(), torch.randn(3, 1, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(model.project(x, 1), far.dct(x.double(), 0.25).float(), atol=1e-5)
 
 
 def test_guidance_extrapolates_from_unlabelled_to_labelled():
@@ -966,6 +1029,22 @@ def test_learning_rate_schedule(tmp_path):
         assert all(group["lr"] == pytest.approx(want) for group in groups)
 
 
+def test_a_run_by_the_clock(tmp_path, monkeypatch):
+    """A clock of one second a step: 0.1 minutes are six steps, the last at lr (1 - 5/6); a resumed run goes on where the clock stood, with the same limit unless told otherwise."""
+    def run(*flags):
+        monkeypatch.setattr(train_cifar, "time", types.SimpleNamespace(perf_counter=itertools.count().__next__))
+        train_cifar.main([*flags, "--out", str(tmp_path)])
+        state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+        return state, (state["step"], state["seconds"], state["optimizer"]["param_groups"][0]["lr"])
+    state, got = run(*SMALL, "--log-every", "100", "--max-minutes", "0.1", "--lr", "6e-3", "--warmup", "1")
+    assert got == (6, 6, pytest.approx(1e-3))
+    with pytest.raises(ValueError, match="finished, with 6 steps in 0.1 minutes"):
+        run("--resume")
+    torch.save({**state, "seconds": 3.0}, tmp_path / "ckpt.pt")                 # as if it had been stopped
+    assert run("--resume", "--log-every", "100")[1] == (9, 6, pytest.approx(1e-3))
+    assert run("--resume", "--log-every", "100", "--max-minutes", "0.2")[1] == (15, 12, pytest.approx(6e-3 / 12))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     """At step 7 the loss of level 2 is infinite: the run stops, names step and level, and keeps the good checkpoint of step 5."""
     loss, weights = DiffusionHead.loss, []
@@ -981,7 +1060,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     assert len(weights) == 11 and not torch.equal(weights[5], weights[6]) and torch.equal(weights[6], weights[10])  # kept for the look
 
 
-def test_ema_is_the_running_average(tmp_path):
+def test_ema_is_the_running_average(tmp_path, monkeypatch):
     """Step k weighs the new weights by 9/(10 + k) while that is more than 1 - decay: against the average worked out from saved steps."""
     weights, ema = [], None
     for k in range(1, 4):
@@ -994,15 +1073,34 @@ def test_ema_is_the_running_average(tmp_path):
     for k, w in enumerate(weights, 1):
         ema = ema + 9 / (10 + k) * (w - ema)
     assert torch.allclose(state["ema"]["head.output.16.weight"], ema, atol=1e-7) and ema.abs().max() > 0
+    average, decays = FAR.average, []
+    monkeypatch.setattr(FAR, "average", lambda self, model, decay: decays.append(decay) or average(self, model, decay))
+    train_cifar.main([*SMALL, "--steps", "12", "--ema", "0.5", "--out", str(tmp_path / "capped")])
+    assert decays == [min(0.5, (1 + k) / (10 + k)) for k in range(1, 13)]
 
 
 def test_weight_decay_spares_biases_norms_and_embeddings():
     model = tiny(**CAUSAL)
-    decayed, spared = (g["params"] for g in train_cifar.make_optimizer(model, 1e-3, 0.02).param_groups)
+    groups = train_cifar.make_optimizer(model, 1e-3, 0.02).param_groups
+    decayed, spared = (g["params"] for g in groups)
+    assert [g["weight_decay"] for g in groups] == [0.02, 0.0]
     names = {id(p): n for n, p in model.named_parameters()}
     assert len(decayed) + len(spared) == len(names)
     assert all(names[id(p)].endswith("weight") and not any(w in names[id(p)] for w in ("level", "transformer.label", "no_label", "norm", "position")) for p in decayed)
     assert all(p.ndim == 1 or any(w in names[id(p)] for w in ("level", "transformer.label", "no_label", "position")) for p in spared)
+
+
+def test_flips_mirror_half_of_the_images_left_to_right(tmp_path, monkeypatch):
+    x, index, make_batch, flips = torch.arange(4 * 3 * 64, dtype=torch.uint8).view(4, 3, 8, 8), torch.arange(4).repeat(100), train_cifar.make_batch, []
+    assert torch.equal(make_batch(x, index, torch.device("cpu"), False), x[index])
+    batch = make_batch(x, index, torch.device("cpu"), True)
+    same, mirrored = ((batch == other[index]).flatten(1).all(1) for other in (x, torch.from_numpy(np.asarray(x)[..., ::-1].copy())))
+    assert (same ^ mirrored).all() and 0.4 < mirrored.float().mean() < 0.6
+    monkeypatch.setattr(train_cifar, "make_batch", lambda images, index, device, flip, scale: flips.append(flip) or make_batch(images, index, device, flip, scale))
+    for flag, want in (([], False), (["--flip"], True)):                        # the last batch is one of the training; digits are not mirrored
+        train_cifar.main([*SMALL, "--steps", "1", "--out", str(tmp_path), "--overwrite", *flag])
+        assert flips[-1] is want
+    assert train_cifar.parse_args(["--data", "cifar10"]).flip
 
 
 def test_epochs_visit_every_image_once(tmp_path, monkeypatch):
@@ -1076,7 +1174,10 @@ def test_a_sweep_resumes_and_writes_a_table_and_a_plot(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(train_cifar.SWEEPS, "targets", ["--target next", "--ordering high_to_low --levels 0.5,1", "--ordering high_to_low --levels 0.5,1 | --stops 1"])
     command, mains = [*SMALL, "--sweep", "targets", "--steps", "2", "--head-steps", "1", "--seed", "7", "--out", "elsewhere"], []
+    draw, drawn_by = sample.main, []
+    monkeypatch.setattr(sample, "main", lambda argv: drawn_by.append(argv) or draw(argv))
     train_cifar.main(command)
+    assert len(drawn_by) == 15 and all(argv[argv.index("--device") + 1] == train_cifar.parse_args([]).device for argv in drawn_by)
     rows = list(csv.DictReader(open("out/targets.csv")))
     assert [(row["run"], row["seed"]) for row in rows] == [(run, seed) for run in train_cifar.SWEEPS["targets"] for seed in "012"]
     assert len({row["fd"] for row in rows}) == 9 and [[bool(row[f"deviation_{i}"]) for i in (1, 2, 3)] for row in rows[::3]] == [[1, 1, 1], [1, 1, 0], [0, 1, 0]]
@@ -1169,10 +1270,31 @@ def test_bench_counts_the_operations_of_each_setting(tmp_path, capsys):
         step = (head[f"--solver {solver} --head-steps 25"] - four) / 21         # of all levels
         for steps, mean in (("6", 6), ("8", 8), ("12", 12), ("4,8,12", 8), ("12,8,4", 8)):
             assert head[f"--solver {solver} --head-steps {steps}"] == pytest.approx(four + (mean - 4) * step, rel=0.01)
-    assert head["--paper"] == pytest.approx(four + 66 * step, rel=0.01)
+    assert head["--solver ddpm --head-steps paper --temperature paper"] == pytest.approx(four + 66 * step, rel=0.01)
     projected = model.head.project(torch.zeros(1, 16, 16), 0, torch.zeros(1, 1, 16))
     one = sample.count_flops(lambda: model.head(torch.zeros(1, 16, 4), torch.zeros(1, 1), projected))
     assert step == pytest.approx(3 * one["Global"], rel=0.01) and set(one) == {"Global", "DiffusionHead"} | {part for part in one if "." in part}
+
+
+def test_paper_means_its_sampler_unless_told_otherwise(digits, tmp_path, monkeypatch):
+    draw, seen = FAR.sample, []
+    monkeypatch.setattr(FAR, "sample", lambda self, labels, **settings: seen.append(settings) or draw(self, labels, **{**settings, "head_steps": 1}))
+    sample.main(["--ckpt", os.path.join(digits, "ckpt.pt"), "--n", "1", "--out", str(tmp_path), "--paper"])
+    sample.main(["--ckpt", os.path.join(digits, "ckpt.pt"), "--n", "1", "--out", str(tmp_path), "--paper", "--solver", "ddim", "--temperature", "0.5"])
+    for settings, want in zip(seen, (("ddpm", "paper", "paper"), ("ddim", "paper", 0.5)), strict=True):
+        assert tuple(settings[name] for name in ("solver", "head_steps", "temperature")) == want
+
+
+def test_grey_values_are_rounded_and_cut_off():
+    shades = torch.arange(256)
+    assert torch.equal(sample.to_uint8(shades / 127.5 - 1), shades.byte())
+    assert sample.to_uint8(torch.tensor([99.6, 100.4, -3.0, 300.0]) / 127.5 - 1).tolist() == [100, 100, 0, 255]
+
+
+def test_pictures_are_resized_without_aliasing(tmp_path):
+    """A chessboard of single pixels is grey from afar."""
+    Image.fromarray(np.uint8(np.indices((64, 64)).sum(0) % 2 * 255)).save(tmp_path / "board.png")
+    assert np.abs(sample.read_image(tmp_path / "board.png", 8, 1).astype(int) - 127).max() < 20
 
 
 def test_bfloat16_sampling_is_close(digits):
@@ -1386,6 +1508,12 @@ def test_imagenet64_batches(tmp_path, monkeypatch):
         images, labels, info = train_cifar.load_imagenet64(".", folder_config(64))
         assert images.shape == (20, 3, 64, 64) and images[6, 0, 0, 0] == 4 and images[6, 2, 5, 7] == 104 and images[6, 2, 7, 5] == 4
         assert labels.tolist() == [v for k in range(10) for v in (k, 999 - k)] and len(info["classes"]) == 1000
+    new, old = (f"cnumpy.{core}.multiarray\n".encode() for core in ("_core", "core"))
+    for before, after in ((new, old), (old, new)):                              # old numpy wrote the official files
+        for k in range(1, 11):
+            file = tmp_path / f"train_data_batch_{k}"
+            file.write_bytes(file.read_bytes().replace(before, after))
+        assert after in file.read_bytes() and train_cifar.load_imagenet64(".", folder_config(64))[0][6, 0, 0, 0] == 4
     for evil in (Evil(), {"data": np.zeros((2, 5), np.uint8), "labels": [1, 2]}, {"data": np.zeros((1, 12288), np.uint8), "labels": [0]}, {"labels": Evil()}, [1]):
         write_imagenet64(tmp_path, evil)
         with pytest.raises(ValueError, match="train_data_batch_4 is no batch"):
@@ -1447,8 +1575,8 @@ def pictures(tmp_path, monkeypatch):
     return "pictures"
 
 
-def cache(vae, pictures, out="latents"):
-    train_cifar.main(["--cache-latents", pictures, "--vae", vae, "--path", out, "--image-size", "16"])
+def cache(vae, pictures, out="latents", flags=()):
+    train_cifar.main(["--cache-latents", pictures, "--vae", vae, "--path", out, "--image-size", "16", *flags])
     return train_cifar.load_latents(out)
 
 
@@ -1510,6 +1638,52 @@ def test_latents_restart_does_what_is_missing(vae, pictures, monkeypatch):
     train_cifar.main(["--cache-latents", pictures, "--vae", vae, "--path", "latents", "--image-size", "32"])
     again.clear()
     assert torch.equal(cache(vae, pictures)[0], moments) and len(again) == 10   # back to 16 pixels: nothing stale is kept
+    shutil.copytree(vae, "another"), again.clear()
+    assert cache("another", pictures)[2]["vae"] == "another" and len(again) == 10
+
+
+def test_processes_share_out_the_latents(vae, pictures, monkeypatch):
+    """The second of two encodes every other image, the first the rest and, when all is there, the summary."""
+    whole, read_image, reads = cache(vae, pictures, "whole")[0], train_cifar.read_image, []
+    monkeypatch.setattr(train_cifar, "read_image", lambda path, size: reads.append(path) or read_image(path, size))
+    monkeypatch.setattr(train_cifar.dist, "get_world_size", lambda: 2), monkeypatch.setattr(train_cifar.dist, "barrier", lambda: None)
+    files = [f"pictures/train/{'ab'[k % 2]}/{k}.png" for k in (0, 2, 4, 6, 8, 1, 3, 5, 7, 9)]
+    with pytest.raises(ValueError, match="5 images cannot be read"):            # alone, without waiting for the second
+        cache(vae, pictures)
+    assert sorted(reads) == sorted(files[::2])
+    reads.clear(), monkeypatch.setattr(train_cifar.dist, "get_rank", lambda: 1)
+    with pytest.raises(ValueError, match="no whole latents.json"):
+        cache(vae, pictures)
+    assert sorted(reads) == sorted(files[1::2])
+    reads.clear(), monkeypatch.setattr(train_cifar.dist, "get_rank", lambda: 0)
+    assert torch.allclose(cache(vae, pictures)[0].float(), whole.float(), atol=1e-2) and not reads
+
+
+def test_latents_of_images_that_cannot_be_read(vae, pictures, monkeypatch):
+    """They are named when all others are encoded; with --skip-bad, which tries them alone, other images take their places."""
+    for k in (2, 3):
+        open(f"pictures/train/{'ab'[k % 2]}/{k}.png", "w").write("no image")
+    with pytest.raises(ValueError, match="2 images cannot be read, first .*2.png.*3.png.*--skip-bad"):
+        cache(vae, pictures)
+    with pytest.raises(ValueError, match="no whole latents.json"):
+        train_cifar.load_latents("latents")
+    read_image, reads = train_cifar.read_image, []
+    monkeypatch.setattr(train_cifar, "read_image", lambda path, size: reads.append(path) or read_image(path, size))
+    moments, labels, info = cache(vae, pictures, flags=["--skip-bad"])
+    assert sorted(map(os.path.basename, reads)) == ["2.png", "3.png"] and np.isfinite(info["scale"])
+    assert torch.equal(moments[[1, 6]], moments[[0, 2]]) and labels.tolist() == [0] * 5 + [1, 0, 1, 1, 1]  # files: a/0, 2, 4, 6, 8, b/1, 3, 5, 7, 9
+    assert len(moments.flatten(1).unique(dim=0)) == 8 and moments.flatten(1).any(1).all()
+    with pytest.raises(ValueError, match="2 images cannot be read"):            # what this run has touched is not taken for whole
+        cache(vae, pictures)
+    with pytest.raises(ValueError, match="no whole latents.json"):
+        train_cifar.load_latents("latents")
+    for k in range(10):
+        open(f"pictures/train/{'ab'[k % 2]}/{k}.png", "w").write("no image")
+    with pytest.raises(ValueError, match="10 images cannot be read"):
+        cache(vae, pictures, flags=["--skip-bad"])
+    monkeypatch.setattr(train_cifar.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=100))
+    with pytest.raises(ValueError, match="moments.npy needs .*more than is free"):
+        cache(vae, pictures, "elsewhere")
 
 
 def test_training_on_latents_and_decoding(vae, pictures, capsys):
@@ -1521,6 +1695,8 @@ def test_training_on_latents_and_decoding(vae, pictures, capsys):
     sample.main(["--ckpt", "run/ckpt.pt", "--n", "5", "--labels", "1", "--npz", "s.npz", "--out", "drawn"])
     x = np.load("s.npz")["arr_0"]
     model, _ = sample.load_checkpoint("run/ckpt.pt")
+    sample.main(["--ckpt", "run/ckpt.pt", "--export", "half.pt"])
+    assert sample.load_checkpoint("half.pt")[1]["latents"] == rest["latents"]
     latents = torch.cat([z for _, z in sample.draw_images(model, torch.ones(5, dtype=torch.int64), progress=False)])
     want = sample.load_vae(vae).decode(latents / rest["latents"]["scale"]).sample
     assert x.shape == (5, 16, 16, 3) and np.abs(x.astype(int) - sample.to_uint8(want).permute(0, 2, 3, 1).numpy()).max() <= 1

@@ -1,8 +1,7 @@
-"""Train FAR on digits, CIFAR-10, ImageNet-64, a folder of images or VAE latents; on a CPU, a GPU or many.
+"""Train FAR on digits, CIFAR-10, ImageNet-64, a folder of images or VAE latents; on a CPU, a GPU, or many (`torchrun --nproc_per_node=8 train_cifar.py ..`).
 
     python train_cifar.py --data digits                                   # two minutes on a laptop, writes out/digits/
     python train_cifar.py --data cifar10 --compile                        # downloads CIFAR-10 (11 minutes on an H100, days on a CPU); or --data folder --path DIR, with DIR/train/<class>/*.jpg
-    torchrun --nproc_per_node=8 train_cifar.py --data imagenet64 --path DIR --compile
 """
 import argparse, contextlib, copy, csv, functools, hashlib, itertools, json, os, pickle, resource, shutil, signal, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +58,14 @@ def digest(files, *more):
     """Changes when the names, sizes or times of the files do, or anything else given."""
     return hashlib.sha256(json.dumps([[(os.path.abspath(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files], more]).encode()).hexdigest()[:12]
 
+def new_map(file, kind, shape):
+    check((need := np.prod(shape, dtype=float) * np.dtype(kind).itemsize) < shutil.disk_usage(os.path.dirname(file) or ".").free, f"{file} needs {need / 1e9:.1f} GB, more than is free on the disk")
+    return np.lib.format.open_memmap(file, "w+", kind, shape)
+
+def leave_out(bad, skip):                                                       # files that cannot be read
+    check(skip or not bad, f"{len(bad)} images cannot be read, first {', '.join(bad[:3])}: repair or remove them, or add --skip-bad")
+    print(*(f"skipped {file}, which cannot be read\n" for file in bad), sep="", end="")
+
 def memory_map(path, key, shape, chunks):
     """data/<name>-<size>-<place>/images.npy, uint8 [n, C, H, H], and labels-<key>.npy, int64 [n], of `chunks`: pairs of images [m, C, H, H] and m labels; built anew for another key."""
     folder = Path("data", f"{os.path.basename(os.path.abspath(path))}-{'x'.join(map(str, shape[1:]))}-{digest([], os.path.abspath(path))}")
@@ -68,12 +75,10 @@ def memory_map(path, key, shape, chunks):
         with tempfile.TemporaryDirectory(dir=folder.parent) as part:            # its own: another run may do the same
             new = Path(part, folder.name)                                       # with the usual permissions, which `part` has not
             new.mkdir()
-            check((need := np.prod(shape, dtype=float)) < shutil.disk_usage(new).free, f"{folder} needs {need / 1e9:.1f} GB, more than is free on the disk")
-            array, labels = np.lib.format.open_memmap(new / "images.npy", "w+", np.uint8, shape), []
+            array, labels = new_map(new / "images.npy", np.uint8, shape), []
             for images, more in chunks:
                 array[len(labels):len(labels) + len(more)] = images
                 labels += more
-            check(labels, f"{path} holds no image that can be read")
             array.flush(), np.save(new / finished.name, labels)
             if not finished.exists():
                 shutil.rmtree(folder, ignore_errors=True), new.rename(folder)
@@ -89,13 +94,10 @@ def load_folder(path, config, skip_bad=False):
         bad = []
         with ThreadPoolExecutor() as pool:
             for file, label, image in tqdm(zip(files, data.targets, pool.map(read, files)), total=len(files), desc="read images", unit="image"):
-                if image is None:
-                    bad.append(file)
-                else:
+                bad += [file] if image is None else []
+                if image is not None:
                     yield image[None], [label]
-        check(skip_bad or not bad, f"{len(bad)} images cannot be read, first {', '.join(bad[:3])}: repair or remove them, or add --skip-bad")
-        if bad:
-            print(f"skipped {len(bad)} images that cannot be read:", *bad, sep="\n")
+        leave_out(bad, skip_bad and len(bad) < len(files))
     return *memory_map(path, digest(files, skip_bad), (len(files), config.channels, config.image_size, config.image_size), chunks()), dict(classes=data.classes)
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -116,26 +118,25 @@ def load_imagenet64(path, config, skip_bad=False):
             with told(f"{file} is no batch of down-sampled ImageNet"), open(file, "rb") as f:
                 batch = ArrayUnpickler(f).load()
                 labels = [int(label) - 1 for label in batch["labels"]]
-                check(batch["data"].dtype == np.uint8 and batch["data"].shape == (len(labels), 12288), "data is not uint8 [n, 12288]")
-                check(min(labels) >= 0 and max(labels) < 1000, "labels lie outside 1 .. 1000")
+                check(batch["data"].dtype == np.uint8 and batch["data"].shape == (len(labels), 12288) and {*labels} <= {*range(1000)}, "data is not uint8 [n, 12288] or labels lie outside 1 .. 1000")
             yield batch["data"].reshape(-1, 3, 64, 64), labels
     most = sum(map(os.path.getsize, files)) // 12288                            # a little more than there are images
     return *memory_map(path, digest(files), (most, 3, 64, 64), chunks()), dict(classes=[str(k) for k in range(1, 1001)])
 
-def cache_latents(root, name, out, size, device, batch=32):
-    """Runs a diffusers AutoencoderKL once over root/train/<class>/* and the mirror images: out/moments.npy float16 [n, 2, 2c, h, w] (mean
-    and log variance), labels.npy, and latents.json, written last. Shared out over the processes of torchrun; a restart does what is missing."""
+def cache_latents(root, name, out, size, device, skip_bad=False, batch=32):
+    """Runs a diffusers AutoencoderKL once over root/train/<class>/* and the mirror images: out/moments.npy float16 [n, 2, 2c, h, w] (mean and log variance), labels.npy, and
+    latents.json, written last. Shared out over the processes of torchrun; a restart does what is missing. Images that cannot be read: others take their places, if skip_bad."""
     data, vae, (rank, world) = list_folder(root, "--cache-latents"), load_vae(name, device), (dist.get_rank(), dist.get_world_size())
-    files = [file for file, _ in data.samples]
+    files, labels = [file for file, _ in data.samples], np.array(data.targets)
     encode = torch.no_grad()(lambda x: vae.encode(x).latent_dist.parameters)
     key, shape = digest(files, name, size), (len(files), 2, *encode(torch.zeros(1, 3, size, size, device=device)).shape[1:])
     moments, finished = os.path.join(out, "moments.npy"), os.path.join(out, f"finished-{key}.npy")
-    if rank == 0 and not os.path.exists(finished):
-        os.makedirs(out, exist_ok=True)
-        for old in (*Path(out).glob("latents.json"), *Path(out).glob("finished-*.npy")):
-            old.unlink()
-        np.lib.format.open_memmap(moments, "w+", np.float16, shape)
-        np.lib.format.open_memmap(finished, "w+", np.uint8, (len(files),))
+    if rank == 0:
+        os.makedirs(out, exist_ok=True), Path(out, "latents.json").unlink(missing_ok=True)  # not whole until the end
+        if not os.path.exists(finished):
+            for old in (*Path(out).glob("moments.npy"), *Path(out).glob("finished-*.npy")):
+                old.unlink()
+            new_map(moments, np.float16, shape), new_map(finished, np.uint8, shape[:1])
     dist.barrier()
     array, done = np.load(moments, mmap_mode="r+"), np.load(finished, mmap_mode="r+")
     missing = np.flatnonzero(done[rank::world] == 0) * world + rank
@@ -143,19 +144,20 @@ def cache_latents(root, name, out, size, device, batch=32):
         for start in tqdm(range(0, len(missing), batch), desc="encode", unit="batch", disable=rank > 0):
             part = missing[start:start + batch]
             images = list(pool.map(lambda i: read_image(files[i], size), part))
-            bad = [files[i] for i, image in zip(part, images) if image is None]
-            check(not bad, f"{bad[:1]} cannot be read: repair or remove it and start again")
-            x = torch.from_numpy(np.stack(images)).to(device) / 127.5 - 1
+            x = torch.from_numpy(np.stack([np.zeros((3, size, size), np.uint8) if image is None else image for image in images])).to(device) / 127.5 - 1
             array[part] = torch.stack([encode(x), encode(x.flip(3))], 1).half().cpu().numpy()
             array.flush()
-            done[part] = 1
+            done[part] = [image is not None for image in images]
     dist.barrier()
-    if rank == 0:                                                               # the scale that gives latents variance 1
+    if rank == 0:
+        bad = np.flatnonzero(done == 0)
+        leave_out([files[i] for i in bad], skip_bad and done.any())
+        array[bad], labels[bad] = (a[np.resize(np.flatnonzero(done), len(bad))] for a in (array, labels))
         mean, log_variance = np.split(array[::max(1, len(files) // 5000)].astype(np.float64), 2, axis=2)
-        scale = float((mean.var() + np.exp(log_variance.clip(-30, 20)).mean()) ** -0.5)
-        np.save(os.path.join(out, "labels.npy"), np.array(data.targets))
-        Path(out, "latents.json").write_text(json.dumps(dict(vae=name, scale=scale, shape=shape, classes=data.classes)))
-        print(f"wrote {out}: {len(files)} images and their mirror images, moments {list(shape[2:])}, scale {scale:.4f}")
+        scale = float((mean.var() + np.exp(log_variance.clip(-30, 20)).mean()) ** -0.5)  # gives latents variance 1
+        np.save(os.path.join(out, "labels.npy"), labels)
+        Path(out, "latents.json").write_text(json.dumps(dict(vae=name, scale=scale, classes=data.classes)))
+        print(f"wrote {out}: {len(files) - len(bad)} images and their mirror images, moments {list(shape[2:])}, scale {scale:.4f}")
 
 def load_latents(path, *_):
     with told(f"--path {path}: there is no whole latents.json; make it with --cache-latents IMAGES --vae NAME --path {path}"):
@@ -166,7 +168,7 @@ def load_latents(path, *_):
 
 def make_batch(images, index, device, flip, scale=None):
     """Images of index [B] on device; `flip` mirrors half of them; latents (scale given) are drawn from their posterior."""
-    x = images[index.to(images.device)]
+    x = images[index.to(images.device, non_blocking=True)]
     x = (x.pin_memory() if device.type == "cuda" and not x.is_cuda else x).to(device, non_blocking=True)
     mirror = torch.rand(len(x), 1, 1, 1, device=device) < (0.5 if flip else 0.0)
     if scale is None:
@@ -212,8 +214,7 @@ def train(args, config, images, labels, info):
     steps, limit = args.steps or float("inf"), 60 * args.max_minutes if args.max_minutes else float("inf")
     if args.overwrite and rank == 0:
         Path(ckpt).unlink(missing_ok=True)
-    log = open(os.path.join(args.out, "log.csv") if rank == 0 else os.devnull, "w", buffering=1, newline="")
-    writer = csv.writer(log)
+    writer = csv.writer(log := open(os.path.join(args.out, "log.csv") if rank == 0 else os.devnull, "w", buffering=1, newline=""))
     writer.writerows([["step", "seconds", "images_per_second", "loss", *(f"level_{i + 1}" for i in range(len(config.levels)))], *state["log"]])
     bar = tqdm(total=args.steps or round(limit), unit="step" if args.steps else "s", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} {unit}, {remaining} left{postfix}", disable=rank > 0)
     interrupted, done, total, first_bad = [], False, torch.zeros((), device=device), torch.full((), torch.inf, device=device)
@@ -229,7 +230,7 @@ def train(args, config, images, labels, info):
         optimizer.zero_grad(set_to_none=True)
         for n, index in enumerate(parts, 1):
             x = make_batch(images, index, device, args.flip, info.get("scale"))
-            y = labels[index.to(labels.device)].to(device, non_blocking=True) if config.num_classes else None
+            y = labels[index.to(labels.device, non_blocking=True)].to(device, non_blocking=True) if config.num_classes else None
             network.require_backward_grad_sync = n == len(parts)                # DDP averages gradients once a step
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 loss = network(x, y) / len(parts)
@@ -282,7 +283,7 @@ def sweep(name, argv):
     for flags, seed in itertools.product(SWEEPS[name], "012"):
         run, _, drawn = flags.partition(" | ")
         out = Path("out", name, run.replace("--", "").replace(" ", "_") + f"_seed_{seed}_{key}")
-        file, common = out / f"scores{drawn.replace(' ', '_')}.json", ["--seed", seed, "--out", str(out)]
+        file, common = out / f"scores{drawn.replace(' ', '_')}.json", ["--seed", seed, "--out", str(out), "--device", parse_args(argv).device]
         if not (out / "scores.json").exists():
             main([*argv, *run.split(), "--data", "digits", "--overwrite", *common])
         if not file.exists():
@@ -308,7 +309,7 @@ def parse_args(argv=None):
     p.add_argument("--preset", choices=PRESETS, help="default: what fits --data")
     p.add_argument("--paper", action="store_true", help="the paper's choices in place of the defaults")
     p.add_argument("--out", help="folder to write (default: out/ and the name of the data)")
-    p.add_argument("--resume", action="store_true", help="continue the run in --out; all settings come from there, whatever --preset and --paper say; --steps or --max-minutes may be raised")
+    p.add_argument("--resume", action="store_true", help="continue the run in --out; settings come from there (give --path again), whatever --preset and --paper say; --steps or --max-minutes may be raised")
     chosen, _ = p.parse_known_args(argv)                                        # sets the defaults of what follows
     ckpt, defaults = os.path.join(chosen.out or os.path.join("out", chosen.data), "ckpt.pt"), DATA[chosen.data]
     config = FARConfig.preset(chosen.preset or defaults["preset"], chosen.paper)
@@ -329,7 +330,7 @@ def parse_args(argv=None):
     for name, default, text in (("batch", defaults["batch"], "images a step, over all processes"), ("grad_accum", 1, "parts that a process splits its share of a batch into"),
                                 ("seed", 0, "of weights, order and noise"), ("lr", defaults["lr"], "learning rate"), ("warmup", defaults.get("warmup", 100), "steps of rising learning rate"),
                                 ("weight_decay", 0.02, "of AdamW"), ("clip", 1.0, "bound on the gradient's norm"), ("ema", defaults["ema"], "decay of the averaged weights"),
-                                ("log_every", 100, "steps between lines of log.csv"), ("save_minutes", 5.0, "minutes between checkpoints")):
+                                ("log_every", 100, "steps between lines of log.csv"), ("save_minutes", 5.0, "minutes between checkpoints, saved at the next line of log.csv")):
         p.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=f"{text} (default: %(default)s)")
     add_settings(p.add_argument_group("model settings (far.FARConfig); defaults as --data, --preset and --paper set them"), [f.name for f in fields(FARConfig)], config)
     args, kept, state = p.parse_args(argv), defaults, dict(step=0, seconds=0.0)
@@ -369,9 +370,8 @@ def main(argv=None):
         dist.init_process_group("cpu:gloo,cuda:nccl" if world > 1 and args.device.type == "cuda" else "gloo", timeout=timedelta(hours=12), **({} if world > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)))
     if args.cache_latents:
         check(args.vae and args.path, "--cache-latents needs --vae, a name or folder, and --path, the folder to write")
-        return cache_latents(args.cache_latents, args.vae, args.path, args.image_size or 256, args.device)
-    if args.bf16 is None:
-        args.bf16 = args.device.type == "cuda" or args.data != "digits" and matmul_rate(args.device, torch.bfloat16) > 2 * matmul_rate(args.device, torch.float32)
+        return cache_latents(args.cache_latents, args.vae, args.path, args.image_size or 256, args.device, args.skip_bad)
+    args.bf16 = args.bf16 if args.bf16 is not None else args.device.type == "cuda" or args.data != "digits" and matmul_rate(args.device, torch.bfloat16) > 2 * matmul_rate(args.device, torch.float32)
     for turn in range(2):                                                       # rank 0 first: it builds what the others map
         if turn == min(dist.get_rank(), 1):
             images, labels, info = globals()["load_" + args.data](args.path, config, args.skip_bad)
