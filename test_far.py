@@ -96,10 +96,14 @@ def test_an_ordering_may_write_into_its_input(monkeypatch):
         return x
     assert check_ordering(rows, 8) == [] and [line.split(":")[0] for line in check_ordering(lambda x, k: rows(x, k).mul_(k), 8)] == ["idempotent", "nested"]
     monkeypatch.setitem(ORDERINGS, "rows", rows)
-    images = torch.randn(4, 1, 8, 8)
+    monkeypatch.setitem(ORDERINGS, "copied", lambda x, keep: rows(x.clone(), keep))
+    images, results = torch.randn(4, 1, 8, 8), []
     before = images.clone()
-    tiny(ordering="rows").level_losses(images, torch.arange(4))
-    assert torch.equal(images, before)
+    for name in ("rows", "copied"):
+        model = tiny(ordering=name, target="residual", step_rule="locked")
+        torch.manual_seed(1)
+        results.append((model.level_losses(images, torch.arange(4)), model.sample(4, known=(images, 1), generator=seeded())))
+    assert all(torch.equal(a, b) for a, b in zip(*results)) and torch.equal(images, before)
 
 
 def test_an_ordering_may_compute_in_double_precision(monkeypatch):
@@ -574,6 +578,10 @@ def test_level_losses_average_to_the_loss():
     torch.manual_seed(1)
     by_level = model.level_losses(images, labels)
     assert by_level.shape == (3,) and loss.item() == pytest.approx(by_level.mean().item(), rel=1e-5)
+    model, asked = tiny(levels_per_image=1), []
+    model.losses = lambda images, labels, k: asked.append(k) or torch.ones(3)
+    model(images, labels), model.level_losses(images, labels)
+    assert asked == [1, 3]                                                      # all levels of every image, whatever training does
 
 
 def test_label_dropping():
@@ -610,6 +618,8 @@ def test_embeddings_act_on_tokens_and_head_by_their_mean():
     z, label = torch.randn(4, 16, 16), model.head.label
     difference = model.head.project(z, 1, cond)[1] - model.head.project(z, 1, 0 * cond)[1]
     assert torch.allclose(difference[:, 0], (cond.sum(1) / 3) @ label.weight.T, atol=1e-5)
+    difference = model.head.project(z, 1, cond)[1] - model.head.project(0 * z, 1, cond)[1]
+    assert torch.allclose(difference[:, 0], (z.sum(1) / 16) @ model.head.condition.weight.T, atol=1e-5)
 
 
 def test_mask_replaces_the_drawn_share_of_tokens(monkeypatch):
@@ -770,8 +780,9 @@ def test_guidance_schedule_and_no_guidance_batch_where_it_is_1(settings, monkeyp
     assert sizes == [3, 3, 6, 6, 6, 6]
     for same in ([1.0, 2.0, 3.0], torch.tensor([1.0, 2.0, 3.0]), torch.tensor(4.0)):  # a list is taken as it stands, one number follows the schedule
         assert torch.equal(model.sample(labels, guidance=same, head_steps=2, generator=seeded(), solver="ddim", temperature=1.0), got)
-    sizes.clear(), model.sample(labels, head_steps=2)
-    assert sizes == [3] * 6
+    for whom, guidance in ((labels, 1.0), (3, 4.0)):                            # without labels there is nothing to guide
+        sizes.clear(), model.sample(whom, head_steps=2, guidance=guidance)
+        assert sizes == [3] * 6
     transformer, g, x, visible = model.transformer, seeded(), torch.zeros(3, 1, 8, 8), []
     with torch.no_grad():
         for i in range(3):
@@ -1181,7 +1192,7 @@ def test_a_sweep_resumes_and_writes_a_table_and_a_plot(tmp_path, monkeypatch):
     rows = list(csv.DictReader(open("out/targets.csv")))
     assert [(row["run"], row["seed"]) for row in rows] == [(run, seed) for run in train_cifar.SWEEPS["targets"] for seed in "012"]
     assert len({row["fd"] for row in rows}) == 9 and [[bool(row[f"deviation_{i}"]) for i in (1, 2, 3)] for row in rows[::3]] == [[1, 1, 1], [1, 1, 0], [0, 1, 0]]
-    assert len(list(pathlib.Path("out/targets").glob("*/ckpt.pt"))) == 6 and all(Image.open(f"out/targets{part}.png").size[0] > 500 for part in ("", "_loss"))
+    assert len(list(pathlib.Path("out/targets").glob("*/ckpt.pt"))) == 6 and all(Image.open(f"out/targets{part}.png").size[0] > 400 for part in ("", "_loss"))
     run, = (str(path) for path in pathlib.Path("out/targets").glob("target_next_seed_1_*"))
     model, state = sample.load_checkpoint(f"{run}/ckpt.pt")
     assert state["settings"]["seed"] == 1
