@@ -62,8 +62,8 @@ def new_map(file, kind, shape):
     check((need := np.prod(shape, dtype=float) * np.dtype(kind).itemsize) < shutil.disk_usage(os.path.dirname(file) or ".").free, f"{file} needs {need / 1e9:.1f} GB, more than is free on the disk")
     return np.lib.format.open_memmap(file, "w+", kind, shape)
 
-def leave_out(bad, skip):                                                       # files that cannot be read
-    check(skip or not bad, f"{len(bad)} images cannot be read, first {', '.join(bad[:3])}: repair or remove them, or add --skip-bad")
+def leave_out(bad, files, skip_bad):                                            # those of the files that cannot be read: not all, and only if skip_bad
+    check(not bad or skip_bad and len(bad) < len(files), f"{len(bad)} images cannot be read, first {', '.join(bad[:3])}: repair or remove them" + ", or add --skip-bad" * (not skip_bad))
     print(*(f"skipped {file}, which cannot be read\n" for file in bad), sep="", end="")
 
 def memory_map(path, key, shape, chunks):
@@ -97,7 +97,7 @@ def load_folder(path, config, skip_bad=False):
                 bad += [file] if image is None else []
                 if image is not None:
                     yield image[None], [label]
-        leave_out(bad, skip_bad and len(bad) < len(files))
+        leave_out(bad, files, skip_bad)
     return *memory_map(path, digest(files, skip_bad), (len(files), config.channels, config.image_size, config.image_size), chunks()), dict(classes=data.classes)
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -151,7 +151,7 @@ def cache_latents(root, name, out, size, device, skip_bad=False, batch=32):
     dist.barrier()
     if rank == 0:
         bad = np.flatnonzero(done == 0)
-        leave_out([files[i] for i in bad], skip_bad and done.any())
+        leave_out([files[i] for i in bad], files, skip_bad)
         array[bad], labels[bad] = (a[np.resize(np.flatnonzero(done), len(bad))] for a in (array, labels))
         mean, log_variance = np.split(array[::max(1, len(files) // 5000)].astype(np.float64), 2, axis=2)
         scale = float((mean.var() + np.exp(log_variance.clip(-30, 20)).mean()) ** -0.5)  # gives latents variance 1
@@ -273,7 +273,7 @@ def train(args, config, images, labels, info):
         print(f"wrote {ckpt} and {log.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {rate:.3g} images/s, peak memory {memory / 2 ** 30:.2f} GiB")
 
 # --- Command line ----------------------------------------------------------------------------------------------------
-def sweep(name, argv):
+def sweep(name, argv, device):
     """Does the runs of SWEEPS[name], each with seeds 0, 1, 2, and compares their samples with the digits: see --sweep."""
     if SWEEPS[name] == "tutorial.ipynb":
         cells = json.loads(Path(__file__).with_name("tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
@@ -283,7 +283,7 @@ def sweep(name, argv):
     for flags, seed in itertools.product(SWEEPS[name], "012"):
         run, _, drawn = flags.partition(" | ")
         out = Path("out", name, run.replace("--", "").replace(" ", "_") + f"_seed_{seed}_{key}")
-        file, common = out / f"scores{drawn.replace(' ', '_')}.json", ["--seed", seed, "--out", str(out), "--device", parse_args(argv).device]
+        file, common = out / f"scores{drawn.replace(' ', '_')}.json", ["--seed", seed, "--out", str(out), "--device", device]
         if not (out / "scores.json").exists():
             main([*argv, *run.split(), "--data", "digits", "--overwrite", *common])
         if not file.exists():
@@ -356,7 +356,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     if args.sweep:
-        return sweep(args.sweep, [flag for flag in (sys.argv[1:] if argv is None else argv) if flag not in ("--sweep", args.sweep, f"--sweep={args.sweep}")])
+        return sweep(args.sweep, [flag for flag in (sys.argv[1:] if argv is None else argv) if flag not in ("--sweep", args.sweep, f"--sweep={args.sweep}")], args.device)
     config, ckpt, world = args.config, os.path.join(args.out, "ckpt.pt"), int(os.environ.get("WORLD_SIZE", 1))
     check(not (args.resume and args.overwrite), "--resume and --overwrite exclude each other")
     for name in "steps max_minutes batch grad_accum lr warmup log_every clip save_minutes".split():
