@@ -107,7 +107,7 @@ LATENTS = dict(image_size=16, channels=16, patch_size=1, num_classes=1000, level
                head_draws=4, dropout=0.1, ordering="resize")                    # a Fourier square of 16 x 16 tells 6 of the 10 levels apart
 PRESETS = {
     "digits": dict(image_size=8, channels=1, ordering="dct", levels_per_image=1, width=128, head_width=128, head_depth=4, head_steps=32, temperature=1.05),
-    "cifar": dict(ordering="dct", levels_per_image=1, patch_size=[8, 4, 4], target="residual", head_depth=8, head_steps=8),
+    "cifar": dict(ordering="dct", levels_per_image=1, target="residual", head_depth=8, head_steps=8),
     "imagenet64": dict(image_size=64, num_classes=1000, levels=(0.125, 0.25, 0.5, 1.0), ordering="dct", levels_per_image=1, width=768, depth=8, heads=12, head_width=768, head_depth=8),
     "far_b": dict(LATENTS, width=768, depth=24, heads=12, head_width=1024, head_depth=3),
     "far_l": dict(LATENTS, width=1024, depth=32, heads=16, head_width=1024, head_depth=4),
@@ -185,9 +185,9 @@ class FARConfig:
 
     @classmethod
     def preset(cls, name, paper=False, **overrides):
-        """A configuration of PRESETS; `paper` takes the paper's choices (PAPER, and the finest patch at all levels) but for the ordering; overrides win."""
+        """A configuration of PRESETS; `paper` takes the paper's choices (PAPER) but for the ordering; overrides win."""
         check(name in PRESETS, f"preset is {name!r}; allowed: {', '.join(PRESETS)}")
-        return cls.from_dict({**PRESETS[name], **(dict(PAPER, patch_size=min(cls.from_dict(PRESETS[name]).patch_sizes)) if paper else {}), **overrides})
+        return cls.from_dict({**PRESETS[name], **(PAPER if paper else {}), **overrides})
 
     to_dict = asdict
 
