@@ -325,7 +325,7 @@ def parse_args(argv=None):
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA, and on a CPU that multiplies so twice as fast, but for digits)")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=chosen.data != "digits", help="mirror half of the images")
     for name, text in (("overwrite", "start again although --out holds a run"), ("skip-bad", "leave out images that cannot be read"),
-                       ("compile", "torch.compile the model"), ("checkpoint-activations", "less memory, a third more arithmetic")):
+                       ("compile", "torch.compile the model, on a GPU into CUDA graphs (unless --grad-accum)"), ("checkpoint-activations", "less memory, a third more arithmetic")):
         p.add_argument("--" + name, action="store_true", help=text)
     for name, default, text in (("batch", defaults["batch"], "images a step, over all processes"), ("grad_accum", 1, "parts that a process splits its share of a batch into"),
                                 ("seed", 0, "of weights, order and noise"), ("lr", defaults["lr"], "learning rate"), ("warmup", defaults.get("warmup", 100), "steps of rising learning rate"),
