@@ -129,7 +129,7 @@ class FARConfig:
     """All settings of a model; the defaults are the `cifar` preset but for what PRESETS names. Raises ValueError on impossible settings."""
     image_size: int = 32                # H
     channels: int = 3                   # C
-    patch_size: object = 4              # p, or one a level: what a coarse level shows needs few tokens
+    patch_size: object = 4              # p, or one a level
     num_classes: int = 10               # 0: no class labels
     levels: tuple = (0.25, 0.5, 1.0)    # keep_1 < .. < keep_F = 1
     ordering: str = "fourier"           # a name in ORDERINGS

@@ -846,7 +846,7 @@ def test_sampling_is_reproducible_and_independent_of_the_batch():
     assert (parts[7][0] - parts[7][1]).abs().max() > 0.01
     other = torch.cat([x for _, x in sample.draw_images(model, labels, 6, 7, False)])
     assert (other - parts[7]).abs().max() > 0.01
-    wide = tiny(image_size=64, patch_size=[8, 8, 2])                               # 1,024 tokens at the finer level, in a CPU's caches one image
+    wide = tiny(image_size=64, patch_size=[8, 8, 2])                            # 1,024 tokens at the finer level, in a CPU's caches one image
     assert [start for start, _ in sample.draw_images(wide, labels[:2], progress=False, head_steps=1)] == [0, 1]
     assert [start for start, _ in sample.draw_images(model, labels, progress=False, head_steps=1)] == [0]
 
