@@ -30,8 +30,8 @@ DATA = {  # data set -> default preset and training settings
 SWEEPS = {  # name -> runs, each the flags of one; after a bar those of sample.py: the same model, trained once, drawn otherwise
     "orderings": [*(f"--ordering {name}" for name in ORDERINGS), "--ordering high_to_low", "--levels 1"],
     "targets": ["--target full", "--target next", "--target residual"],
-    "levels": [f"--levels {','.join(f'{(i + 1) / F:.3g}' for i in range(F))}{stops}" for F, stops in
-               (*((F, "") for F in (1, 2, 4, 6, 8, 10)), *((10, f" | --stops {s}") for s in ("0.2,0.4,0.6,0.8,1", "0.3,0.6,1", "0.5,1", "1")))],
+    "levels": ["", " | --stops 0.25,1", "--levels 0.25,1", *(f"--levels {','.join(f'{(i + 1) / F:.3g}' for i in range(F))}{stops}" for F, stops in
+               (*((F, "") for F in (1, 2, 4, 6, 8, 10)), *((10, f" | --stops {s}") for s in ("0.2,0.4,0.6,0.8,1", "0.3,0.6,1", "0.5,1", "1"))))],
     "components": ["", "--attention causal --levels-per-image 0", "--no-head-mixing", "--mask text", "--mask reference", "--loss-weighting",
                    " | --head-steps 16,32,48", " | --head-steps 48,32,16", " | --step-rule locked"],
     "diversity": [f"--target {target} --patch-size 2 --head-steps 8{head}{drawn}" for target, coupled in (("full", ("--coupling 0.1", "--coupling 0.3")), ("next", ()))
