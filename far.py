@@ -46,8 +46,7 @@ def dct(x, keep):
 
 @exact_ends
 def blur(x, keep):
-    """Gaussian low-pass, amplitude 1/2 at keep H/2 cycles per image. Soft, so not idempotent: target full filters each x
-    once and does not mind; next and residual filter the drawn x_{i+1} a second time. Shapes and range as in `fourier`."""
+    """Gaussian low-pass, amplitude 1/2 at keep H/2 cycles per image; soft, so not idempotent: target full, which filters each x once, does not mind. Shapes and range as in `fourier`."""
     return in_cosines(x, lambda f: torch.exp(-math.log(2) * (2 * f / (keep * x.shape[-1])) ** 2))
 
 @exact_ends
@@ -102,12 +101,12 @@ def check_ordering(fn, size, channels=3):
 # --- Settings ---------------------------------------------------------------------------------------------------------
 PAPER_LEVELS = tuple(side / 16 for side in (2, 3, 4, 5, 6, 7, 8, 9, 10, 16))  # 10 steps on the paper's 16 x 16 token grid
 PAPER = dict(levels=PAPER_LEVELS, attention="causal", head_mixing=False, head_draws=4, target="full", prediction="eps", schedule="cosine",
-             solver="ddpm", head_steps="paper", temperature="paper", mask="text", loss_weighting=True)
+             solver="ddpm", head_steps="paper", temperature="paper", mask="text", loss_weighting=True, time_shift=1.0)
 LATENTS = dict(image_size=16, channels=16, patch_size=1, num_classes=1000, levels=PAPER_LEVELS, cond_tokens=64, attention="causal", head_mixing=False,
                head_draws=4, dropout=0.1, ordering="resize")                    # a Fourier square of 16 x 16 tells 6 of the 10 levels apart
 PRESETS = {
     "digits": dict(image_size=8, channels=1, ordering="dct", levels_per_image=1, width=128, head_width=128, head_depth=4, head_steps=32, temperature=1.05),
-    "cifar": dict(ordering="dct", levels_per_image=1, target="residual", head_depth=8, head_steps=8),
+    "cifar": dict(levels=(0.25, 1.0), ordering="dct", levels_per_image=1, target="residual", time_shift=[0.35, 2.5], head_depth=8, head_steps=8),
     "imagenet64": dict(image_size=64, num_classes=1000, levels=(0.125, 0.25, 0.5, 1.0), ordering="dct", levels_per_image=1, width=768, depth=8, heads=12, head_width=768, head_depth=8),
     "far_b": dict(LATENTS, width=768, depth=24, heads=12, head_width=1024, head_depth=3),
     "far_l": dict(LATENTS, width=1024, depth=32, heads=16, head_width=1024, head_depth=4),
@@ -147,6 +146,7 @@ class FARConfig:
     head_draws: int = 1                 # noise draws per token and transformer pass in training
     prediction: str = "v"               # v: velocity, eps: noise
     schedule: str = "linear"            # linear or cosine path from data to noise
+    time_shift: object = 1.0            # factor on t/(1 - t) of the times t in training (Esser et al. 2024), or one a level: above 1 more noise
     target: str = "full"                # what the head learns: full p(x|x_i), next p(x_{i+1}|x_i), residual p(x_{i+1}-x_i|x_i)
     mask: str = "none"                  # input masks, see mask_bounds
     loss_weighting: bool = False        # w_i of loss_weights
@@ -158,8 +158,7 @@ class FARConfig:
     head_steps: object = 12             # steps of the solver: int, one a level, or "paper" (40 to 100)
     temperature: object = 1.0           # factor on the head's noise: float, one a level, or "paper" (0.8 to 1)
     step_rule: str = "paper"            # x_{i+1} = P_{i+1} xhat; or locked: x_i + P_{i+1} xhat - P_i xhat, which keeps what was known
-    coupling: object = 0.0              # rho in [0, 1] of couple_noise, or one a level: in k x k cells, k = round(keep_{i+1} H), where that is less than the
-                                        # token grid's side; for target full alone (the noise of the others is low-passed, so that neighbours share it anyway)
+    coupling: object = 0.0              # rho in [0, 1] of couple_noise, or one a level (target full alone: the noise of the others is low-passed anyway)
 
     def __post_init__(self):
         numbers = isinstance(self.levels, (tuple, list)) and all(isinstance(keep, (int, float)) for keep in self.levels)
@@ -179,7 +178,7 @@ class FARConfig:
         check(self.head_width % self.heads == 0 or not self.head_mixing, f"head_width {self.head_width} is not divisible by heads {self.heads}")
         check(self.levels_per_image <= len(self.levels), f"levels_per_image is {self.levels_per_image}, more than the {len(self.levels)} levels")
         check(self.cond_dim == 0 or self.cond_tokens > 0, "cond_dim needs cond_tokens, the number of embeddings a sample")
-        *_, coupling = [per_level(getattr(self, name), len(self.levels), name) for name in ("guidance", "head_steps", "temperature", "coupling")]
+        *_, coupling = [per_level(getattr(self, name), len(self.levels), name) for name in ("time_shift", "guidance", "head_steps", "temperature", "coupling")]
         check(max(coupling) <= 1, f"coupling is {self.coupling}; it must lie in [0, 1]")
         self.num_tokens, self.token_dim = [(self.image_size // p) ** 2 for p in self.patch_sizes], [self.channels * p ** 2 for p in self.patch_sizes]  # N, D
 
@@ -211,8 +210,7 @@ def unpatchify(tokens, p, channels):
     return tokens.reshape(len(tokens), G, G, channels, p, p).permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), channels, G * p, G * p)
 
 def block_causal_mask(num_levels, num_tokens, markov=False):
-    """Bool [F N, F N], True = query (row) may attend to key (column): level(q) >= level(k), or level(q) == level(k) with `markov`.
-    num_tokens: N, or one a level."""
+    """Bool [F N, F N], True = query (row) may attend to key (column): level(q) >= level(k), or level(q) == level(k) with `markov`. num_tokens: N, or one a level."""
     level = torch.tensor([i for i, N in enumerate(per_level(num_tokens, num_levels, "num_tokens")) for _ in range(N)])
     return level[:, None] == level if markov else level[:, None] >= level
 
@@ -237,8 +235,8 @@ def head_step_schedule(F, low=40, high=100):
 
 def per_level(value, F, name):
     """A setting of every level: one number for all, a sequence of F, or "paper" (head_steps 40 to 100, temperature 0.8 to 1) -> list of F.
-    Whole numbers of at least 1 for head_steps, patch_size and num_tokens, finite numbers of at least 0 otherwise; ValueError for anything else."""
-    kind, least = (int, 1) if name in ("head_steps", "patch_size", "num_tokens") else ((int, float), 0)
+    Whole numbers of at least 1 for head_steps, patch_size and num_tokens, finite numbers of at least 0 (time_shift: 0.001) otherwise; ValueError for anything else."""
+    kind, least = (int, 1) if name in ("head_steps", "patch_size", "num_tokens") else ((int, float), 0.001 if name == "time_shift" else 0)
     paper = {"head_steps": head_step_schedule(F), "temperature": [1 - 0.2 * (F - i) / max(F - 1, 1) for i in range(1, F + 1)]}.get(name)
     values = value.tolist() if hasattr(value, "tolist") else paper if isinstance(value, str) and value == "paper" else value
     values = list(values) if isinstance(values, (list, tuple)) else [values] * F
@@ -413,6 +411,7 @@ class DiffusionHead(nn.Module):
         self.blocks = nn.ModuleList(HeadBlock(w, c.heads, c.head_mixing) for _ in range(c.head_depth))
         self.norm, self.modulation = nn.LayerNorm(w, elementwise_affine=False), nn.Linear(w, 2 * w)
         self.register_buffer("frequencies", 1000 * torch.exp(-math.log(10000) * torch.arange(32) / 32), persistent=False)
+        self.register_buffer("time_shift", torch.tensor(per_level(c.time_shift, len(c.levels), "time_shift"), dtype=torch.float32), persistent=False)
         for layer in (self.modulation, *self.output.values(), *(block.modulation for block in self.blocks)):
             nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
 
@@ -435,9 +434,10 @@ class DiffusionHead(nn.Module):
 
     def loss(self, target, noise, z, i, cond, band=lambda prediction: prediction):
         """target [S, N, D], normal noise of deviation 1 [S draws, N, D], conditions as in `project` -> mean squared error of the prediction, [S], over
-        `head_draws` draws of (t, noise). Where targets lie in a part of the space only, `band` projects predictions [S draws, N, D] there."""
+        `head_draws` draws of (t, noise), t shifted (`time_shift`). Where targets lie in a part of the space only, `band` projects predictions [S draws, N, D] there."""
         projected = [a.repeat_interleave(self.draws, 0) for a in self.project(z, i, cond)]
         t = self.path.draw_t(len(noise), 1 if self.mixing else noise.shape[1], device=noise.device)
+        t = t / (t + (1 - t) / self.time_shift[i].expand(len(z)).repeat_interleave(self.draws)[:, None])  # t/(1 - t) times the shift
         x_t, want = self.path.noise(target.repeat_interleave(self.draws, 0), noise, t[..., None])
         return (band(self(x_t, t, projected)) - want).square().mean((1, 2)).view(-1, self.draws).mean(1)
 

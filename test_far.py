@@ -309,7 +309,7 @@ def test_paper_presets():
     for name in far.PRESETS:
         c = FARConfig.preset(name, paper=True)
         assert (c.head_mixing, c.target, c.prediction, c.schedule, c.solver, c.head_steps) == (False, "full", "eps", "cosine", "ddpm", "paper")
-        assert (c.temperature, c.mask, c.loss_weighting, c.head_draws, c.patch_size) == ("paper", "text", True, 4, 1 if name.startswith("far") else 4)
+        assert (c.temperature, c.mask, c.loss_weighting, c.time_shift, c.head_draws, c.patch_size) == ("paper", "text", True, 1, 4, 1 if name.startswith("far") else 4)
         assert c.levels == PAPER_LEVELS == (0.125, 0.1875, 0.25, 0.3125, 0.375, 0.4375, 0.5, 0.5625, 0.625, 1.0) and c.attention == "causal" and c.ordering == FARConfig.preset(name).ordering
     assert FARConfig.from_dict(c.to_dict()) == c and FARConfig.preset("digits", paper=True, width=32).width == 32
 
@@ -408,11 +408,11 @@ def test_cosine_schedule_and_ancestral_step_against_diffusers():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("mixing", [False, True])
-def test_loss_of_an_exact_denoiser_is_its_minimum(schedule, prediction, mixing, monkeypatch):
+@pytest.mark.parametrize("mixing, shift", [(False, 1), (True, 1), (True, 0.4)])
+def test_loss_of_an_exact_denoiser_is_its_minimum(schedule, prediction, mixing, shift, monkeypatch):
     """For data N(0, s^2): E Var(v | x_t) = E s^2 / (alpha^2 s^2 + sigma^2), or alpha^2 s^2 / (..) for eps, over the training times."""
     torch.manual_seed(0)
-    s, config = 0.7, FARConfig.preset("digits", schedule=schedule, prediction=prediction, head_mixing=mixing, head_draws=4)
+    s, config = 0.7, FARConfig.preset("digits", schedule=schedule, prediction=prediction, head_mixing=mixing, head_draws=4, time_shift=shift)
     head = DiffusionHead(config)
     monkeypatch.setattr(head, "forward", lambda x_t, t, cond: gaussian_denoiser(head.path, 0.0, s)(x_t, t[..., None]))
     loss = head.loss(s * torch.randn(4000, 4, 16), torch.randn(16000, 4, 16), torch.zeros(4000, 4, 128), 0, torch.zeros(4000, 1, 128))
@@ -421,8 +421,25 @@ def test_loss_of_an_exact_denoiser_is_its_minimum(schedule, prediction, mixing, 
     def floor(t):
         alpha, sigma, *_ = (v.item() for v in head.path(torch.tensor(t, dtype=torch.float64)))
         return (alpha ** 2 if prediction == "eps" else 1) * s ** 2 / (alpha ** 2 * s ** 2 + sigma ** 2)
-    expected = scipy.integrate.quad(lambda u: floor(1 / (1 + math.exp(-u))) * scipy.stats.norm.pdf(u), -8, 8)[0] if schedule == "linear" else scipy.integrate.quad(floor, 0, 1)[0]
+    shifted = lambda odds: floor(shift * odds / (1 + shift * odds))             # odds t / (1 - t)
+    expected = scipy.integrate.quad(lambda u: shifted(math.exp(u)) * scipy.stats.norm.pdf(u), -8, 8)[0] if schedule == "linear" else scipy.integrate.quad(lambda t: shifted(t / (1 - t)), 0, 1)[0]
     assert loss.mean().item() == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("settings", [CAUSAL, dict(levels_per_image=1), dict(levels_per_image=2, head_mixing=False)])
+def test_each_level_trains_at_its_own_times(settings, monkeypatch):
+    """Odds t / (1 - t) of 1/4 become 0.35, 1 and 2.5 times as high at the three levels, for every draw of theirs; sampling keeps its times."""
+    model, levels, odds = tiny(time_shift=[0.35, 1.0, 2.5], head_draws=2, patch_size=(4, 2, 4), **settings), [], []
+    monkeypatch.setattr(far.Path, "draw_t", lambda self, *shape, device=None: torch.full(shape, 0.2))
+    project, noise = model.head.project, model.head.path.noise
+    monkeypatch.setattr(model.head, "project", lambda z, i, cond: levels.append(i) or project(z, i, cond))
+    monkeypatch.setattr(model.head.path, "noise", lambda x, eps, t: odds.append(t[:, 0, 0] / (1 - t[:, -1, 0])) or noise(x, eps, t))
+    model(torch.randn(12, 1, 8, 8), torch.arange(12) % 10)
+    level = torch.cat(levels).repeat_interleave(2)
+    assert set(level.tolist()) == {0, 1, 2} and torch.allclose(torch.cat(odds), 0.25 * torch.tensor([0.35, 1.0, 2.5])[level])
+    x = model.sample(2, generator=seeded())
+    model.head.time_shift.fill_(1)
+    assert torch.equal(model.sample(2, generator=seeded()), x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -871,6 +888,7 @@ def test_head_steps_are_counted_per_level(monkeypatch):
     (dict(levels=(0.5, 1.0, 1.5)), "increase"), (dict(ordering="spiral"), "fourier"), (dict(target="half"), "residual"), (dict(attention="full"), "markov"),
     (dict(prediction="x"), "eps"), (dict(schedule="square"), "cosine"), (dict(mask="some"), "reference"), (dict(solver="heun"), "dpmpp_2m"),
     (dict(head_steps=0), "at least 1"), (dict(head_steps=[1, 2]), "each of 3 levels"), (dict(depth=0), "at least 1"), (dict(label_dropout=1.5), "[0, 1]"),
+    (dict(time_shift=0), "time_shift is 0"), (dict(time_shift=[0.5, 2]), "time_shift .* each of 3 levels"), (dict(time_shift="paper"), "time_shift is 'paper'"),
     (dict(levels_per_image=4), "levels"), (dict(levels=("a", 1)), "numbers"), (dict(ordering=["dct"]), "fourier"), (dict(cond_dim=3, cond_tokens=0), "cond_tokens"),
     (dict(colour=1), "unknown")])
 def test_wrong_settings(settings, words):
@@ -1883,7 +1901,7 @@ def test_shipped_cifar_weights():
     labels that steer: airplanes and ships are bluer than deer and frogs."""
     path = os.path.join(ROOT, "assets", "far_cifar10.pt")
     model, rest = sample.load_checkpoint(path)
-    assert os.path.getsize(path) < 25e6 and model.config == FARConfig.preset("cifar", guidance=[1.5, 1.5, 1.0], guidance_schedule="constant")
+    assert os.path.getsize(path) < 25e6 and model.config == FARConfig.preset("cifar", guidance=[1.5, 1.25], guidance_schedule="constant")
     labels = torch.tensor([0, 8, 4, 6]).repeat_interleave(8)
     x = torch.cat([x for _, x in sample.draw_images(model, labels, head_steps=6, progress=False)])
     pixels = x.clamp(-1, 1) / 2 + 0.5

@@ -1,7 +1,7 @@
 """Train FAR on digits, CIFAR-10, ImageNet-64, a folder of images or VAE latents; on a CPU, a GPU, or many (`torchrun --nproc_per_node=8 train_cifar.py ..`).
 
     python train_cifar.py --data digits                                   # two minutes on a laptop, writes out/digits/
-    python train_cifar.py --data cifar10 --compile                        # downloads CIFAR-10 (13 minutes on an H200, days on a CPU); or --data folder --path DIR, with DIR/train/<class>/*.jpg
+    python train_cifar.py --data cifar10 --compile                        # downloads CIFAR-10 (14 minutes on an H100, days on a CPU); or --data folder --path DIR, with DIR/train/<class>/*.jpg
 """
 import argparse, contextlib, copy, csv, functools, hashlib, itertools, json, os, pickle, resource, shutil, signal, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
