@@ -2013,8 +2013,8 @@ def exercise_diffusion_loss(far):
     x_t, want = path.noise(x, eps, t)
     assert torch.allclose(x_t, (1 - t) * x + t * eps, atol=1e-6), "x_t = alpha x + sigma eps"
     assert torch.allclose(want, -2 * x + 3 * eps, atol=1e-6), "the network predicts a x + b eps"
-    for mixing in (False, True):
-        head, seen = far.DiffusionHead(far.FARConfig.preset("digits", head_mixing=mixing, head_draws=3)), []
+    for mixing, shift in ((False, 1), (True, 4)):
+        head, seen = far.DiffusionHead(far.FARConfig.preset("digits", head_mixing=mixing, head_draws=3, time_shift=shift)), []
         head.path, head.project = path, lambda z, i, cond: (z, z)
         head.forward = lambda x_t, t, projected: seen.append((x_t, t, projected[0])) or torch.zeros_like(x_t)
         x, noise = torch.randn(2000, 4, 16) + torch.arange(2000)[:, None, None] / 1000, torch.randn(6000, 4, 16)
@@ -2022,6 +2022,7 @@ def exercise_diffusion_loss(far):
         x_t, t, z = seen[0]
         assert x_t.shape == (6000, 4, 16) and t.shape == (6000, 1 if mixing else 4), "head_draws draws, one t a token, or one a sequence with mixing"
         assert torch.equal(z[..., 0], x[..., 0].repeat_interleave(3, 0)), "each draw keeps its own condition"
+        assert abs((t / (1 - t)).median().item() / shift - 1) < 0.15, "draw_t's times, t / (1 - t) times time_shift"
         x = x.repeat_interleave(3, 0)
         eps = (x_t - (1 - t[..., None]) * x) / t[..., None]
         assert torch.allclose(eps, noise, atol=1e-2), "each draw has its own noise"
@@ -2167,6 +2168,7 @@ def test_blanking_all_from_the_command_line(monkeypatch, capsys):
     ("guided_step", "u[0] + guidance * (p - u[0])", "p + guidance * (p - u[0])"),
     ("diffusion_loss", "else losses.mean()", "else losses.sum()"),                                                          # not averaged over levels
     ("diffusion_loss", ".square().mean((1, 2))", ".square().sum((1, 2))"),
+    ("diffusion_loss", "t / (t + (1 - t) / ", "t / (t + (1 - t) * "),                                             # the time shift upside down
     ("diffusion_loss", "list(model.parameters()), 1 - decay)", "list(model.parameters()), 1.0)"),                 # EMA not used
     ("diffusion_loss", "list(model.parameters()), 1 - decay)", "list(model.parameters()), decay)"),
     ("schedules", "alpha, sigma, a, b = 1 - t, t, ", "alpha, sigma, a, b = t, 1 - t, "),
