@@ -158,7 +158,7 @@ class FARConfig:
     head_steps: object = 12             # steps of the solver: int, one a level, or "paper" (40 to 100)
     temperature: object = 1.0           # factor on the head's noise: float, one a level, or "paper" (0.8 to 1)
     step_rule: str = "paper"            # x_{i+1} = P_{i+1} xhat; or locked: x_i + P_{i+1} xhat - P_i xhat, which keeps what was known
-    coupling: object = 0.0              # rho in [0, 1] of couple_noise, or one a level (target full alone: the noise of the others is low-passed anyway)
+    coupling: object = 0.0              # rho in [0, 1] of couple_noise, or one a level: in cells of k x k, k = round(keep_{i+1} H), larger than a token; for target full alone
 
     def __post_init__(self):
         numbers = isinstance(self.levels, (tuple, list)) and all(isinstance(keep, (int, float)) for keep in self.levels)
@@ -433,8 +433,8 @@ class DiffusionHead(nn.Module):
         return self.output[D](self.norm(h) * (1 + scale) + shift).float()
 
     def loss(self, target, noise, z, i, cond, band=lambda prediction: prediction):
-        """target [S, N, D], normal noise of deviation 1 [S draws, N, D], conditions as in `project` -> mean squared error of the prediction, [S], over
-        `head_draws` draws of (t, noise), t shifted (`time_shift`). Where targets lie in a part of the space only, `band` projects predictions [S draws, N, D] there."""
+        """target [S, N, D], normal noise of deviation 1 [S draws, N, D], conditions as in `project` -> mean squared error of the prediction, [S], over `head_draws` draws
+        of (t, noise), t/(1 - t) of `draw_t` times the level's time_shift. Where targets lie in a part of the space only, `band` projects predictions [S draws, N, D] there."""
         projected = [a.repeat_interleave(self.draws, 0) for a in self.project(z, i, cond)]
         t = self.path.draw_t(len(noise), 1 if self.mixing else noise.shape[1], device=noise.device)
         t = t / (t + (1 - t) / self.time_shift[i].expand(len(z)).repeat_interleave(self.draws)[:, None])  # t/(1 - t) times the shift

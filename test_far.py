@@ -1955,7 +1955,7 @@ EXERCISES = {  # name -> (functions of far.py, points, hint)
     "block_causal_mask": (["block_causal_mask"], 1, "True where the query's level is at least the key's; rows are queries; with markov only where they are equal"),
     "schedules": (["Path.__call__"], 2, "linear: alpha = 1 - t, sigma = t; cosine: alpha^2 = f(t)/f(0); then what the network predicts, a x + b eps"),
     "adaln_block": (["HeadBlock.forward"], 2, "normalise, scale by 1 + scale and shift, run the layer, add gate times the result; attention first, if there is mixing"),
-    "diffusion_loss": (["Path.noise", "DiffusionHead.loss", "FAR.average"], 2, "x_t = alpha x + sigma eps, target a x + b eps; several draws a token; the mean over tokens and numbers, one value a sequence; the average keeps a share decay of itself"),
+    "diffusion_loss": (["Path.noise", "DiffusionHead.loss", "FAR.average"], 2, "x_t = alpha x + sigma eps, target a x + b eps; t / (1 - t) times the level's time_shift; several draws a token; the mean over tokens and numbers, one value a sequence; the average keeps a share decay of itself"),
     "second_order_sampler": (["Path.sample"], 3, "from t = 0.999 to 0; extrapolate xhat in log(alpha/sigma) from the last two, but not in the first and the last step; temperature scales all noise"),
     "guided_step": (["FAR.guided"], 3, "both halves see the same x_t; u + g (p - u) where p has the label; the condition is projected once, not once a step; self.band(.., i) cuts the prediction down to what the level draws"),
     "kv_cache": (["Attention.forward"], 2, "append the new keys and values to the cached ones, attend to all of them, and keep them for the next call"),
@@ -2013,22 +2013,22 @@ def exercise_diffusion_loss(far):
     x_t, want = path.noise(x, eps, t)
     assert torch.allclose(x_t, (1 - t) * x + t * eps, atol=1e-6), "x_t = alpha x + sigma eps"
     assert torch.allclose(want, -2 * x + 3 * eps, atol=1e-6), "the network predicts a x + b eps"
-    for mixing, shift in ((False, 1), (True, 4)):
-        head, seen = far.DiffusionHead(far.FARConfig.preset("digits", head_mixing=mixing, head_draws=3, time_shift=shift)), []
+    for mixing, level, shift in ((False, 0, 1), (True, torch.full((2000,), 2), 4)):
+        head, seen = far.DiffusionHead(far.FARConfig.preset("digits", head_mixing=mixing, head_draws=3, time_shift=[1, 1, 4])), []
         head.path, head.project = path, lambda z, i, cond: (z, z)
         head.forward = lambda x_t, t, projected: seen.append((x_t, t, projected[0])) or torch.zeros_like(x_t)
         x, noise = torch.randn(2000, 4, 16) + torch.arange(2000)[:, None, None] / 1000, torch.randn(6000, 4, 16)
-        loss = head.loss(x, noise, x[..., :1].expand(-1, -1, 128), 0, torch.zeros(2000, 1, 128))
+        loss = head.loss(x, noise, x[..., :1].expand(-1, -1, 128), level, torch.zeros(2000, 1, 128))
         x_t, t, z = seen[0]
         assert x_t.shape == (6000, 4, 16) and t.shape == (6000, 1 if mixing else 4), "head_draws draws, one t a token, or one a sequence with mixing"
         assert torch.equal(z[..., 0], x[..., 0].repeat_interleave(3, 0)), "each draw keeps its own condition"
-        assert abs((t / (1 - t)).median().item() / shift - 1) < 0.15, "draw_t's times, t / (1 - t) times time_shift"
+        assert abs((t / (1 - t)).median().item() / shift - 1) < 0.15, "draw_t's times, t / (1 - t) times the level's time_shift"
         x = x.repeat_interleave(3, 0)
         eps = (x_t - (1 - t[..., None]) * x) / t[..., None]
         assert torch.allclose(eps, noise, atol=1e-2), "each draw has its own noise"
         want = (-2 * x + 3 * noise).square().mean((1, 2)).view(2000, 3).mean(1)
         assert loss.shape == want.shape and torch.allclose(loss, want, rtol=1e-4), "the mean over draws, tokens and numbers, one value a sequence"
-        one = head.loss(x[[0, 3]], noise[:6], x[[0, 3], :, :1].expand(-1, -1, 128), 0, torch.zeros(2, 1, 128), lambda prediction: prediction + 1)
+        one = head.loss(x[[0, 3]], noise[:6], x[[0, 3], :, :1].expand(-1, -1, 128), level[:2] if mixing else level, torch.zeros(2, 1, 128), lambda prediction: prediction + 1)
         assert torch.allclose(one, (1 + 2 * x[:6] - 3 * noise[:6]).square().mean((1, 2)).view(2, 3).mean(1), rtol=1e-4), "the prediction goes through band"
     model = types.SimpleNamespace(config=far.FARConfig.preset("digits", levels_per_image=0), losses=lambda *_: torch.tensor([1.0, 2.0, 6.0]))
     assert far.FAR.forward(model, torch.zeros(5, 1, 8, 8)).item() == 3, "the loss is the mean over levels"
