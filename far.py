@@ -158,7 +158,7 @@ class FARConfig:
     head_steps: object = 12             # steps of the solver: int, one a level, or "paper" (40 to 100)
     temperature: object = 1.0           # factor on the head's noise: float, one a level, or "paper" (0.8 to 1)
     step_rule: str = "paper"            # x_{i+1} = P_{i+1} xhat; or locked: x_i + P_{i+1} xhat - P_i xhat, which keeps what was known
-    coupling: object = 0.0              # rho in [0, 1] of couple_noise, or one a level: in cells of k x k, k = round(keep_{i+1} H), larger than a token; for target full alone
+    coupling: object = 0.0              # rho in [0, 1] of couple_noise, or one a level: in k x k cells, k = round(keep_{i+1} H), where these are larger than a token; for target full alone
 
     def __post_init__(self):
         numbers = isinstance(self.levels, (tuple, list)) and all(isinstance(keep, (int, float)) for keep in self.levels)
