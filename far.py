@@ -5,7 +5,8 @@ x_0 = 0 and x_F is the image. A transformer reads x_0 .. x_i and says z_i, one v
 draws the image's tokens given z_i (`DiffusionHead`); low-passed, the draw is x_{i+1}. `FAR.forward` is the training loss, `FAR.sample` the loop.
 By default the transformer sees x_i alone (`attention="markov"`: as good in the same time) and the head draws a level's tokens jointly (`head_mixing`: better).
 
-Letters as in the paper: B batch, C channels, H side, p patch side, N = (H/p)^2 tokens of D = C p^2 numbers, F levels, W width (w of the head), K condition tokens, S sequences of T tokens.
+Letters as in the paper: B batch, C channels, H side, p patch side, N = (H/p)^2 tokens of D = C p^2 numbers, F levels, W width (w of the head),
+V numbers a label (W, and with `head_mixing` w more), K condition tokens, S sequences of T tokens.
 """
 import functools, math
 from dataclasses import asdict, dataclass, fields, replace
@@ -141,8 +142,8 @@ class FARConfig:
     attention: str = "markov"           # causal: a level sees itself and all earlier ones; markov: itself alone
     levels_per_image: int = 0           # markov: random levels trained per image and step; 0 (and always with causal): all
     head_width: int = 256               # diffusion head
-    head_depth: int = 5
-    head_mixing: bool = True            # tokens of a level attend to each other in the head
+    head_depth: int = 5                 # blocks, for each size of patch
+    head_mixing: bool = True            # tokens of a level attend to each other in the head, which then has positions and its own numbers of each label
     head_draws: int = 1                 # noise draws per token and transformer pass in training
     prediction: str = "v"               # v: velocity, eps: noise
     schedule: str = "linear"            # linear or cosine path from data to noise
@@ -175,12 +176,13 @@ class FARConfig:
         self.patch_sizes = per_level(self.patch_size, len(self.levels), "patch_size")
         check(not any(self.image_size % p for p in self.patch_sizes), f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
         check(self.width % self.heads == 0 and self.width % 4 == 0, f"width {self.width} is not divisible by heads {self.heads} and by 4")
-        check(self.head_width % self.heads == 0 or not self.head_mixing, f"head_width {self.head_width} is not divisible by heads {self.heads}")
+        check(self.head_width % self.heads == 0 and self.head_width % 4 == 0 or not self.head_mixing, f"head_width {self.head_width} is not divisible by heads {self.heads} and by 4")
         check(self.levels_per_image <= len(self.levels), f"levels_per_image is {self.levels_per_image}, more than the {len(self.levels)} levels")
         check(self.cond_dim == 0 or self.cond_tokens > 0, "cond_dim needs cond_tokens, the number of embeddings a sample")
         *_, coupling = [per_level(getattr(self, name), len(self.levels), name) for name in ("time_shift", "guidance", "head_steps", "temperature", "coupling")]
         check(max(coupling) <= 1, f"coupling is {self.coupling}; it must lie in [0, 1]")
         self.num_tokens, self.token_dim = [(self.image_size // p) ** 2 for p in self.patch_sizes], [self.channels * p ** 2 for p in self.patch_sizes]  # N, D
+        self.label_dim = self.width + self.head_width * self.head_mixing        # V: the first W for the transformer's tokens, the rest for a mixing head
 
     @classmethod
     def preset(cls, name, paper=False, **overrides):
@@ -291,8 +293,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.c, self.input, self.level, self.norm = c, by_size(c.token_dim, lambda D: nn.Linear(D, c.width)), nn.Embedding(len(c.levels), c.width), nn.LayerNorm(c.width)
         self.position = nn.Parameter(sincos_2d(math.isqrt(max(c.num_tokens)), c.width))  # of the finest grid, learned from there
-        self.label = nn.Linear(c.cond_dim, c.width) if c.cond_dim else nn.Embedding(c.num_classes, c.width) if c.num_classes else None
-        self.no_label = nn.Parameter(0.02 * torch.randn(c.cond_tokens if c.cond_dim else 1, c.width))
+        self.label = nn.Linear(c.cond_dim, c.label_dim) if c.cond_dim else nn.Embedding(c.num_classes, c.label_dim) if c.num_classes else None
+        self.no_label = nn.Parameter(torch.randn(c.cond_tokens if c.cond_dim else 1, c.label_dim))  # starts like one more class
         self.cond_position = nn.Parameter(0.02 * torch.randn(c.cond_tokens, c.width)) if c.cond_tokens else None
         if c.mask != "none":
             self.mask_token = nn.Parameter(0.02 * torch.randn(c.width))
@@ -315,11 +317,11 @@ class Transformer(nn.Module):
         return x + position + self.level.weight[i, None] + cond.mean(1, keepdim=True)
 
     def forward(self, blocks, first, cond, cache=None):
-        """blocks: tokens [B, N, D] of x_i, i = first, first + 1, ..; cond [B, 1 or K, W] (FAR.condition) -> z_i [B, N, W], one a block. Training with causal attention:
+        """blocks: tokens [B, N, D] of x_i, i = first, first + 1, ..; cond [B, 1 or K, V] (FAR.condition) -> z_i [B, N, W], one a block. Training with causal attention:
         all levels at once; with markov: one block, first [B] for images of several levels. Sampling: a level a call; causal keeps keys and values in `cache`, a dict a block."""
-        x, K = [self.embed(tokens, first + n, cond) for n, tokens in enumerate(blocks)], self.c.cond_tokens
-        lengths, cond = [block.shape[1] for block in x], cond + self.cond_position if K else cond[:, :0]  # cond [B, K, W]
-        start = not (cache and cache[0])                                        # the condition block comes with the first levels
+        cond, start = cond[..., :self.c.width], not (cache and cache[0])         # the rest is the head's; the condition block comes with the first levels
+        x = [self.embed(tokens, first + n, cond) for n, tokens in enumerate(blocks)]
+        lengths, cond = [block.shape[1] for block in x], cond + self.cond_position if self.c.cond_tokens else cond[:, :0]  # cond [B, K, W]
         h = torch.cat([cond, *x] if start else x, 1)
         mask = self.attention_mask[:h.shape[1], :h.shape[1]] if start and self.c.attention == "causal" else None
         for n, block in enumerate(self.blocks):
@@ -400,34 +402,33 @@ class HeadBlock(nn.Module):
         return h + gate * self.mlp(self.norm1(h) * (1 + scale) + shift)
 
 class DiffusionHead(nn.Module):
-    """The small network that denoises a level's tokens given z (diffusion loss, Li et al. 2024): an MLP per token with AdaLN-Zero on
-    z, t and level; with `head_mixing` the tokens of a level also attend to each other and share one t."""
+    """The small network that denoises a level's tokens given z (diffusion loss, Li et al. 2024): an MLP per token with AdaLN-Zero on z, t and level; with `head_mixing`
+    the tokens of a level also attend to each other, have positions and share one t and the label. Every size D of tokens has its own input, positions, blocks and output."""
     def __init__(self, c):
         super().__init__()
         w, self.mixing, self.draws, self.path = c.head_width, c.head_mixing, c.head_draws, Path(c.schedule, c.prediction)
         self.input, self.output = by_size(c.token_dim, lambda D: nn.Linear(D, w)), by_size(c.token_dim, lambda D: nn.Linear(w, D))
-        self.condition, self.level, self.label = nn.Linear(c.width, w), nn.Embedding(len(c.levels), w), nn.Linear(c.width, w) if c.head_mixing else None
-        self.time = nn.Sequential(nn.Linear(64, w), nn.SiLU(), nn.Linear(w, w))
-        self.blocks = nn.ModuleList(HeadBlock(w, c.heads, c.head_mixing) for _ in range(c.head_depth))
+        self.condition, self.level, self.time = nn.Linear(c.width, w), nn.Embedding(len(c.levels), w), nn.Sequential(nn.Linear(64, w), nn.SiLU(), nn.Linear(w, w))
+        self.blocks = by_size(c.token_dim, lambda D: nn.ModuleList(HeadBlock(w, c.heads, c.head_mixing) for _ in range(c.head_depth)))
+        self.position = nn.ParameterDict({str(D): sincos_2d(math.isqrt(N), w) for N, D in zip(c.num_tokens, c.token_dim)} if c.head_mixing else {})
         self.norm, self.modulation = nn.LayerNorm(w, elementwise_affine=False), nn.Linear(w, 2 * w)
         self.register_buffer("frequencies", 1000 * torch.exp(-math.log(10000) * torch.arange(32) / 32), persistent=False)
         self.register_buffer("time_shift", torch.tensor(per_level(c.time_shift, len(c.levels), "time_shift"), dtype=torch.float32), persistent=False)
-        for layer in (self.modulation, *self.output.values(), *(block.modulation for block in self.blocks)):
+        for layer in (self.modulation, *self.output.values(), *(block.modulation for blocks in self.blocks.values() for block in blocks)):
             nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
 
     def project(self, z, i, cond):
-        """z [S, N, W] of level i (or i [S]), label condition [S, 1 or K, W] -> (z [S, N, w], modulation [S, 1 or N, w]): once per level, not
+        """z [S, N, W] of level i (or i [S]), label condition [S, 1 or K, V] -> (z [S, N, w], modulation [S, 1 or N, w]): once per level, not
         once per step. The z of a token steers that token; with mixing, the mean z and the label steer all."""
         z, level = self.condition(z), self.level.weight[i, None]
-        return z, level + (z.mean(1, keepdim=True) + self.label(cond.mean(1, keepdim=True)) if self.mixing else z)
+        return z, level + (z.mean(1, keepdim=True) + cond[..., -z.shape[2]:].mean(1, keepdim=True) if self.mixing else z)
 
     def forward(self, x_t, t, projected):
         """Noisy tokens x_t [S, N, D], times t [S, 1] or [S, N], `project`'s answer -> prediction [S, N, D]."""
-        (z, c), D = projected, str(x_t.shape[2])
-        angle = t[..., None] * self.frequencies
+        (z, c), D, angle = projected, str(x_t.shape[2]), t[..., None] * self.frequencies
         c = c + self.time(torch.cat([angle.cos(), angle.sin()], -1))            # [S, 1 or N, w]
-        h = self.input[D](x_t) + z
-        for block in self.blocks:
+        h = self.input[D](x_t) + z + (self.position[D].to(z.dtype) if self.mixing else 0)
+        for block in self.blocks[D]:
             h = block(h, c)
         shift, scale = self.modulation(nn.functional.silu(c)).chunk(2, -1)
         return self.output[D](self.norm(h) * (1 + scale) + shift).float()
@@ -454,8 +455,7 @@ class FAR(nn.Module):
     [0, num_classes), or float [B, K, cond_dim]. Others raise ValueError (but for the range of labels on an accelerator: a check would wait for it)."""
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.transformer, self.head = Transformer(config), DiffusionHead(config)
+        self.config, self.transformer, self.head = config, Transformer(config), DiffusionHead(config)
         for name in ("data_scale", "noise_scale"):                              # units of what each level draws and of its noise, see set_scales
             self.register_buffer(name, torch.ones(len(config.levels)))
 
@@ -472,7 +472,7 @@ class FAR(nn.Module):
         return images / 127.5 - 1 if images.dtype == torch.uint8 else images
 
     def condition(self, labels, B, dropout=0.0):
-        """Labels, or None for B images without label -> [B, 1 or K, W] for the transformer; a share `dropout` loses its label."""
+        """Labels, or None for B images without label -> [B, 1 or K, V] for transformer and head; a share `dropout` loses its label."""
         c, device, no_label = self.config, self.data_scale.device, self.transformer.no_label
         if labels is None:
             return no_label.expand(B, -1, -1)
@@ -541,7 +541,7 @@ class FAR(nn.Module):
 
     def guided(self, z, i, cond, guidance):
         """What the sampler of level i integrates: a function of tokens x_t [B, N, D] and time t, the head's prediction u + g (p - u), g = guidance. z [S, N, W]
-        and cond [S, 1 or K, W] hold the labelled half, S = B, and where g is not 1 the unlabelled half after it, S = 2 B; both see the same x_t."""
+        and cond [S, 1 or K, V] hold the labelled half, S = B, and where g is not 1 the unlabelled half after it, S = 2 B; both see the same x_t."""
         projected = self.head.project(z, i, cond)
         def network(x_t, t):
             both = x_t.repeat(len(z) // len(x_t), 1, 1)

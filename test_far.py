@@ -467,11 +467,42 @@ def test_head_depends_on_time_level_label_and_z():
         assert (other - run(z, t, i)).abs().max() > 1e-4
 
 
+def test_levels_share_the_head_s_blocks_where_their_patches_have_one_size():
+    """And the positions: what is learned for a size moves the levels of that size, all of them and no others."""
+    model, tokens = tiny(patch_size=(4, 2, 4)), {"16": torch.randn(1, 4, 16), "4": torch.randn(1, 16, 4)}
+    def run():
+        return [model.head(tokens[D], torch.tensor([[0.4]]), model.head.project(torch.ones(1, tokens[D].shape[1], 16), i, torch.ones(1, 1, 16))) for i, D in enumerate(("16", "4", "16"))]
+    for D in ("16", "4"):
+        for parameter in (model.head.position[D], *model.head.blocks[D].parameters()):
+            before = run()
+            with torch.no_grad():
+                parameter.add_(torch.randn_like(parameter))
+            moved = [not torch.equal(a, b) for a, b in zip(before, run())]
+            assert moved == ([True, False, True] if D == "16" else [False, True, False])
+
+
+def test_positions_in_the_head():
+    """Added to tokens in row-major order, from sines and cosines on; a token head, which draws each token for itself, has none."""
+    fresh = {name: p for name, p in FAR(FARConfig.preset("digits", patch_size=(4, 2, 2), head_width=16)).head.named_parameters() if "position" in name}
+    assert fresh.keys() == {"position.16", "position.4"} and torch.equal(fresh["position.16"], far.sincos_2d(2, 16)) and torch.equal(fresh["position.4"], far.sincos_2d(4, 16))
+    t, cond, same = torch.tensor([[0.4]]), torch.ones(1, 1, 16), torch.ones(1, 16, 16)
+    model, token = tiny(), tiny(head_mixing=False)
+    out = token.head(torch.ones(1, 16, 4), t.expand(1, 16), token.head.project(same, 1, cond))[0]
+    assert not token.head.position and torch.allclose(out, out[:1].expand(16, 4), atol=1e-6)
+    x, position = torch.randn(1, 16, 4), model.head.position["4"].detach().clone()
+    z, c = model.head.project(torch.randn(1, 16, 16), 1, cond)
+    out = model.head(x, t, (z, c))
+    model.head.position["4"].data.zero_()
+    assert torch.allclose(model.head(x, t, (z + position, c)), out, atol=1e-5) and not torch.allclose(model.head(x, t, (z, c)), out, atol=1e-3)
+
+
 def test_fresh_head_is_adaln_zero():
-    head = FAR(FARConfig.preset("digits")).head
+    head = FAR(FARConfig.preset("digits", patch_size=(4, 2, 4))).head
     h, c = torch.randn(2, 4, 128), torch.randn(2, 1, 128)
-    assert torch.equal(head.blocks[0](h, c), h)                                 # every block starts as the identity
-    assert not head(torch.randn(2, 4, 16), torch.rand(2, 1), head.project(torch.randn(2, 4, 128), 1, torch.randn(2, 1, 128))).any()
+    for N, D in ((4, 16), (16, 4)):
+        blocks = head.blocks[str(D)]
+        assert len(blocks) == 4 and all(torch.equal(block(h, c), h) for block in blocks)  # every block starts as the identity
+        assert not head(torch.randn(2, N, D), torch.rand(2, 1), head.project(torch.randn(2, N, 128), 1, torch.randn(2, 1, 256))).any()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -628,15 +659,31 @@ def test_dropout_is_in_every_block_and_for_training_alone():
         assert torch.equal(c, d) and not torch.allclose(a, b) and not torch.allclose(a, c)
 
 
-def test_embeddings_act_on_tokens_and_head_by_their_mean():
-    model, cond, tokens = tiny(**dict(CAUSAL, cond_tokens=3, cond_dim=5)), torch.randn(4, 3, 16), torch.randn(4, 16, 4)
-    difference = model.transformer.embed(tokens, 1, cond) - model.transformer.embed(tokens, 1, 0 * cond)
-    assert torch.allclose(difference, cond.sum(1, keepdim=True).expand(4, 16, 16) / 3, atol=1e-5)
-    z, label = torch.randn(4, 16, 16), model.head.label
-    difference = model.head.project(z, 1, cond)[1] - model.head.project(z, 1, 0 * cond)[1]
-    assert torch.allclose(difference[:, 0], (cond.sum(1) / 3) @ label.weight.T, atol=1e-5)
-    difference = model.head.project(z, 1, cond)[1] - model.head.project(0 * z, 1, cond)[1]
-    assert torch.allclose(difference[:, 0], (z.sum(1) / 16) @ model.head.condition.weight.T, atol=1e-5)
+def test_labels_act_on_tokens_and_head_by_their_mean():
+    """Of 40 numbers a label the first 16, the transformer's width, are added to the tokens and go into its condition block; the other 24 steer the head, whatever it has."""
+    model, cond, tokens = tiny(**dict(CAUSAL, cond_tokens=3, cond_dim=5, head_width=24)), torch.randn(4, 3, 40), torch.randn(4, 16, 4)
+    assert model.condition(torch.randn(4, 3, 5), 4).shape == model.condition(None, 4).shape == cond.shape
+    assert tiny(head_mixing=False, head_width=24).condition(torch.arange(4), 4).shape == (4, 1, 16)
+    first, last = cond * (torch.arange(40) < 16), cond * (torch.arange(40) >= 16)
+    difference = model.transformer.embed(tokens, 1, cond[..., :16]) - model.transformer.embed(tokens, 1, 0 * cond[..., :16])
+    assert torch.allclose(difference, cond[..., :16].sum(1, keepdim=True).expand(4, 16, 16) / 3, atol=1e-5)
+    z = lambda cond: model.transformer(3 * [tokens], 0, cond)[1]
+    assert torch.equal(z(cond), z(first)) and not torch.allclose(z(cond), z(last), atol=1e-3)
+    z = torch.randn(4, 16, 16)
+    steer = lambda z, cond: model.head.project(z, 1, cond)[1]
+    assert torch.equal(steer(z, cond), steer(z, last)) and torch.allclose((steer(z, cond) - steer(z, first))[:, 0], cond[..., 16:].sum(1) / 3, atol=1e-5)
+    assert torch.allclose((steer(z, cond) - steer(0 * z, cond))[:, 0], (z.sum(1) / 16) @ model.head.condition.weight.T, atol=1e-5)
+
+
+def test_a_fresh_model_treats_no_label_like_a_class():
+    transformer = FAR(FARConfig.preset("cifar")).transformer
+    assert [p.std().item() for p in (transformer.label.weight, transformer.no_label)] == pytest.approx([1, 1], abs=0.2)
+
+
+@pytest.mark.parametrize("width, head_width, settings", [(16, 24, {}), (24, 16, CAUSAL), (16, 30, dict(head_mixing=False, heads=4))])
+def test_networks_of_unequal_width(width, head_width, settings):
+    model, labels = tiny(width=width, head_width=head_width, **settings), torch.arange(4)
+    assert model.level_losses(torch.randn(4, 1, 8, 8), labels).isfinite().all() and model.sample(labels, guidance=2.0, generator=seeded()).isfinite().all()
 
 
 def test_mask_replaces_the_drawn_share_of_tokens(monkeypatch):
@@ -693,7 +740,7 @@ def test_which_levels_are_coupled(monkeypatch):
 def test_labels_on_an_accelerator_are_not_waited_for(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "min", lambda *_: 1 / 0), monkeypatch.setattr(torch.Tensor, "max", lambda *_: 1 / 0)
     model = tiny().to("meta")
-    assert model.condition(torch.zeros(3, dtype=torch.int64, device="meta"), 3).shape == (3, 1, 16)
+    assert model.condition(torch.zeros(3, dtype=torch.int64, device="meta"), 3).shape == (3, 1, 32)
 
 
 @pytest.mark.parametrize("target", ["full", "next", "residual"])
@@ -883,7 +930,7 @@ def test_head_steps_are_counted_per_level(monkeypatch):
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(patch_size=3), "divisible"), (dict(width=30, heads=4), "divisible"), (dict(width=30, heads=3), "by 4"), (dict(head_width=30, heads=4), "divisible"),
+    (dict(patch_size=3), "divisible"), (dict(width=30, heads=4), "divisible"), (dict(width=30, heads=3), "by 4"), (dict(head_width=30, heads=4), "divisible"), (dict(head_width=30, heads=2), "head_width 30 .* by 4"),
     (dict(levels=(0.5, 0.25, 1)), "increase"), (dict(levels=(0.25, 0.5)), "exactly 1"), (dict(levels=()), "increase"), (dict(levels=(0.0, 1.0)), "increase"),
     (dict(levels=(0.5, 1.0, 1.5)), "increase"), (dict(ordering="spiral"), "fourier"), (dict(target="half"), "residual"), (dict(attention="full"), "markov"),
     (dict(prediction="x"), "eps"), (dict(schedule="square"), "cosine"), (dict(mask="some"), "reference"), (dict(solver="heun"), "dpmpp_2m"),
@@ -1118,8 +1165,8 @@ def test_weight_decay_spares_biases_norms_and_embeddings():
     assert [g["weight_decay"] for g in groups] == [0.02, 0.0]
     names = {id(p): n for n, p in model.named_parameters()}
     assert len(decayed) + len(spared) == len(names)
-    assert all(names[id(p)].endswith("weight") and not any(w in names[id(p)] for w in ("level", "transformer.label", "no_label", "norm", "position")) for p in decayed)
-    assert all(p.ndim == 1 or any(w in names[id(p)] for w in ("level", "transformer.label", "no_label", "position")) for p in spared)
+    assert all(names[id(p)].endswith("weight") and not any(w in names[id(p)] for w in ("level", "label", "norm", "position")) for p in decayed)
+    assert all(p.ndim == 1 or any(w in names[id(p)] for w in ("level", "label", "position")) for p in spared)
 
 
 def test_flips_mirror_half_of_the_images_left_to_right(tmp_path, monkeypatch):
@@ -1763,7 +1810,7 @@ def test_counted_flops_of_a_training_step(settings):
         steered = 1 if mix else N                                               # modulations a level and draw
         block = N * (16 * w * w + mix * (8 * w * w + 4 * N * w)) + steered * (12 if mix else 6) * w * w
         drawn = N * 4 * D * w + steered * (6 * w * w + 128 * w) + c.head_depth * block
-        formula += 3 * share * (N * 2 * D * W + (run(K + N) if c.attention == "markov" else 0) + 2 * (N + mix) * W * w + c.head_draws * drawn)
+        formula += 3 * share * (N * 2 * D * W + (run(K + N) if c.attention == "markov" else 0) + 2 * N * W * w + c.head_draws * drawn)
     model, images, labels = FAR(c), torch.zeros(6, 3, 32, 32), torch.zeros(6, dtype=torch.int64)
     assert sample.count_flops(lambda: model(images, labels).backward())["Global"] == pytest.approx(6 * formula, rel=0.05)
 
@@ -1794,11 +1841,17 @@ def test_compiled_training_equals_uncompiled(tmp_path, monkeypatch):
     assert all(torch.allclose(first[k], second[k], atol=1e-5) for k in first)
 
 
-def test_activation_checkpointing_changes_nothing(tmp_path):
+def test_activation_checkpointing_changes_nothing(tmp_path, monkeypatch):
+    """With the flag every block forgets and computes again: one of the transformer, and of the head for either size of patch."""
+    seen, checkpoint = set(), train_cifar.checkpoint
+    monkeypatch.setattr(train_cifar, "checkpoint", lambda f, *inputs, **settings: seen.add(f.__self__) or checkpoint(f, *inputs, **settings))
     for name, extra in (("a", []), ("b", ["--checkpoint-activations"])):
+        assert not seen
         train_cifar.main([*SMALL, "--patch-size", "4,2,4", "--steps", "3", "--out", str(tmp_path / name), *extra])
-    first, second = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True)["model"] for d in "ab")
-    assert all(torch.allclose(first[k], second[k], atol=1e-6) for k in first)
+    kinds = [type(block).__name__ for block in seen]
+    first, second = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True) for d in "ab")
+    assert (kinds.count("Block"), kinds.count("HeadBlock")) == (first["config"]["depth"], 2 * first["config"]["head_depth"])
+    assert all(torch.allclose(first["model"][k], second["model"][k], atol=1e-6) for k in first["model"])
 
 
 def fix_noise_and_levels(setattr):

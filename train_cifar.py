@@ -204,7 +204,7 @@ def train(args, config, images, labels, info):
     few = make_batch(images, torch.zeros(len(config.levels)).long(), device, False, info.get("scale")), labels[:1].expand(len(config.levels)).to(device) if config.num_classes else None
     share = 3 * count_flops(torch.no_grad()(lambda: model(*few)))["Global"] / len(config.levels) / world / matmul_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
     if args.checkpoint_activations:
-        for block in (*model.transformer.blocks, *model.head.blocks):
+        for block in itertools.chain(model.transformer.blocks, *model.head.blocks.values()):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     torch.backends.cuda.enable_flash_sdp(device.type == "cuda" or not args.bf16)  # on a CPU its backward pass in bfloat16 is slow
     network = torch.compile(model, mode=None if args.grad_accum > 1 else "reduce-overhead") if args.compile else model  # CUDA graphs, whose gradients the next part would overwrite
