@@ -1165,8 +1165,8 @@ def test_weight_decay_spares_biases_norms_and_embeddings():
     assert [g["weight_decay"] for g in groups] == [0.02, 0.0]
     names = {id(p): n for n, p in model.named_parameters()}
     assert len(decayed) + len(spared) == len(names)
-    assert all(names[id(p)].endswith("weight") and not any(w in names[id(p)] for w in ("level", "label", "norm", "position")) for p in decayed)
-    assert all(p.ndim == 1 or any(w in names[id(p)] for w in ("level", "label", "position")) for p in spared)
+    assert all(names[id(p)].endswith("weight") and not any(w in names[id(p)] for w in ("level", "transformer.label", "no_label", "norm", "position")) for p in decayed)
+    assert all(p.ndim == 1 or any(w in names[id(p)] for w in ("level", "transformer.label", "no_label", "position")) for p in spared)
 
 
 def test_flips_mirror_half_of_the_images_left_to_right(tmp_path, monkeypatch):
