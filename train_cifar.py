@@ -323,7 +323,7 @@ def parse_args(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     p.add_argument("--lr-schedule", choices=("linear", "constant"), default="linear", help="linear (default) falls to 0 at the end")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA, and on a CPU that multiplies so twice as fast, but for digits)")
-    p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=chosen.data != "digits", help="mirror half of the images")
+    p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=chosen.data != "digits", help="mirror half of the images (default: %(default)s)")
     for name, text in (("overwrite", "start again although --out holds a run"), ("skip-bad", "leave out images that cannot be read"),
                        ("compile", "torch.compile the model, on a GPU into CUDA graphs (unless --grad-accum)"), ("checkpoint-activations", "less memory, a third more arithmetic")):
         p.add_argument("--" + name, action="store_true", help=text)
