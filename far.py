@@ -1,357 +1,676 @@
-"""FAR: frequency autoregressive image generation with continuous tokens (Yu et al., arXiv 2503.05305), in one file.
+"""FAR: Frequency Autoregressive Image Generation with Continuous Tokens, in one file.
 
-An image is generated from low to high frequencies. Level i shows x_i, the image low-passed to a share keep_i of its bandwidth (`ORDERINGS`);
-x_0 = 0 and x_F is the image. A transformer reads x_0 .. x_i and says z_i, one vector a token (`Transformer`); a small diffusion network
-draws the image's tokens given z_i (`DiffusionHead`); low-passed, the draw is x_{i+1}. `FAR.forward` is the training loss, `FAR.sample` the loop.
-By default the transformer sees x_i alone (`attention="markov"`: as good in the same time) and the head draws a level's tokens jointly (`head_mixing`: better).
+The method of Yu et al., arXiv 2503.05305 (2025), "the paper" below. An image is generated from low
+to high frequencies, one frequency level per step:
 
-Letters as in the paper: B batch, C channels, H side, p patch side, N = (H/p)^2 tokens of D = C p^2 numbers, F levels, W width (w of the head),
-V numbers a label (W, and with `head_mixing` w more), K condition tokens, S sequences of T tokens.
+    x = zeros                                     # x_0 shows nothing
+    for i in range(F):
+        z = transformer(tokens of x_0, .., x_i)   # one vector per token of x_i
+        image = head(noise, z)                    # a small diffusion network draws the whole image
+        x = low_pass(image, keep[i + 1])          # x_{i+1}: a little sharper than x_i
+
+x_F is the image. Nothing of x_i is copied: x_{i+1} comes from the new image, whose low frequencies
+the head draws again, knowing x_i. Why draw the whole image when only its lowest frequencies are
+kept? Every level then learns the same target: easier for one small head than a thin band of
+frequencies, another one at each level (section 4.2; the setting target="residual" learns bands).
+
+The default settings are the method with modern parts: `dct` as low-pass filter, a head whose tokens
+see each other, velocity prediction on a linear path, a second-order solver. The paper's own are
+FARConfig.preset(name, paper=True). "Beyond the paper" marks what this file adds. In the presets
+"cifar" and "imagenet64" the transformer reads x_i alone ("markov", as in the published code), which
+trains several times faster; in the others x_0 .. x_i ("causal").
+
+An example with shapes, the preset "digits": images of 8 x 8 pixels, patches of 4 x 4 pixels and
+F = 3 levels that keep the lowest 2 x 2, 4 x 4 and 8 x 8 frequencies of `dct`.
+
+    training, all levels at once (`FAR.losses`)
+        images                                    [B, 1, 8, 8]
+        visible: x_0, x_1, x_2 as tokens          [B, 3, 4, 16]    4 tokens of 16 numbers per level
+        sequence: class, x_0, x_1, x_2            [B, 1 + 3 * 4, W]
+        z_0, z_1, z_2                             [B, 3, 4, W]
+        target: the image, three times            [B, 3, 4, 16]
+        diffusion loss of every level             [B, 3]
+    sampling, one level after the other (`FAR.sample`)
+        level 0 reads x_0 = 0,        draws an image, keeps its lowest 2 x 2 frequencies: x_1
+        level 1 reads x_0, x_1,       draws an image, keeps its lowest 4 x 4 frequencies: x_2
+        level 2 reads x_0, x_1, x_2,  draws an image: x_3, the sample
+        calls: 3 of the transformer, 3 x 24 (`head_steps`) of the head. Guidance doubles the batch
+        of these calls, but for the head's at levels of guidance 1, by default level 0.
+
+Letters, those of the paper where it has one:
+
+    x, x_i      an image [B, C, H, H]; the same, low-passed to keep_i
+    i, F        a level, i = 0 .. F-1: the step from x_i to x_{i+1}; their number
+    keep_i      the share of its bandwidth that x_i shows: keep_0 = 0, keep_{i+1} = levels[i]
+    P_i         the low-pass filter of keep_i, x_i = P_i x
+    p, N, D     side of a patch; N = (H/p)^2 tokens per image, of D = C p^2 numbers each
+    z_i         the output of the transformer after reading x_0 .. x_i, [B, N, W]
+    W, w        width of the transformer; of the head
+    K           tokens of the condition (a class or a text), in front of all levels
+    L           levels that an image trains in one step: all F, unless attention is "markov"
+    S, T        items in a batch, such as the levels of all images; tokens of a sequence
+    t           time of the diffusion, from 0 (data) to 1 (noise): x_t = alpha_t x + sigma_t eps
+
+Where to start: `dct` (what does a level show?), `FAR.losses`, `FAR.sample`; then from the top the
+parts that they call. The settings, and the checks at the end, can be skipped.
 """
-import functools, math
+
+import contextlib
+import functools
+import math
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.nn as nn
+from torch.nn.functional import avg_pool2d, interpolate, pad, scaled_dot_product_attention, silu
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-# --- Orderings: x_i = P_i x, a chain of nested projections from nothing to the whole image ----------------------------
-def exact_ends(ordering):
-    """Makes keep 0 give zeros and keep 1 the image itself."""
-    @functools.wraps(ordering)
-    def with_ends(x, keep, **options):
-        return ordering(x, keep, **options) if 0 < keep < 1 else x * (keep >= 1)
-    return with_ends
-
-@exact_ends
-def fourier(x, keep, disc=False):
-    """Ideal low-pass filter of the paper: keeps frequencies |f_x|, |f_y| <= keep H/2 (whole cycles per image).
-    x [B, C, H, H] -> [B, C, H, H]; keep in [0, 1], 0 gives zeros and 1 gives x. With `disc` the region is |f| <= keep H/2."""
-    H = x.shape[-1]
-    f = torch.fft.fftfreq(H, 1 / H, device=x.device).abs()                      # 0, 1, .., H/2, .., 1 cycles per image
-    radius = torch.hypot(f[:, None], f) if disc else torch.maximum(f[:, None], f)
-    return torch.fft.ifft2(torch.fft.fft2(x) * (radius <= keep * H / 2 + 1e-6)).real
-
-def in_cosines(x, gain):
-    """Multiplies the orthonormal 2-D DCT-II coefficients of x by gain(f) along either axis, f = 0, 1/2, 1, .. cycles per image: the frequencies
-    of the image beside its mirror images, so that nothing wraps around at the borders. x [B, C, H, H] -> [B, C, H, H]."""
-    k = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)
-    basis = torch.cos(math.pi / len(k) * (k + 0.5) * k[:, None])                # [H, H], a row a frequency
-    basis[0] /= math.sqrt(2)
-    P = 2 / len(k) * basis.T @ (gain(k / 2)[:, None] * basis)
-    return P @ x @ P                                                            # P is symmetric
-
-@exact_ends
-def dct(x, keep):
-    """Low-pass in the orthonormal 2-D DCT-II: keeps the coefficients with both indices < keep H. Shapes and range as in `fourier`."""
-    return in_cosines(x, lambda f: f < keep * x.shape[-1] / 2 - 1e-6)
-
-@exact_ends
-def blur(x, keep):
-    """Gaussian low-pass, amplitude 1/2 at keep H/2 cycles per image; soft, so not idempotent: target full, which filters each x once, does not mind. Shapes and range as in `fourier`."""
-    return in_cosines(x, lambda f: torch.exp(-math.log(2) * (2 * f / (keep * x.shape[-1])) ** 2))
-
-@exact_ends
-def resize(x, keep):
-    """Area down-sampling to k x k, k = max(1, round(keep H)), and bicubic up-sampling, as in the published code: nearly a projection. Shapes and range as in `fourier`."""
-    k = max(1, round(keep * x.shape[-1]))
-    return nn.functional.interpolate(nn.functional.interpolate(x, size=(k, k), mode="area"), size=x.shape[-2:], mode="bicubic")
-
-@exact_ends
-def haar(x, keep):
-    """Haar wavelet subbands, coarse first: means of s x s pixels, s the least power of 2 with 1/s <= keep, and a third of the way to the
-    next s each the details across, down and diagonal. Shapes and range as in `fourier`; ValueError if s does not divide H."""
-    s = 2 ** math.ceil(-math.log2(keep) - 1e-6)
-    check(x.shape[-1] % s == 0, f"haar: side {x.shape[-1]} is not divisible by {s}, the block side at keep {keep:g}")
-    third = int(3 * (keep * s - 1) + 1e-6)                                      # subbands beyond the means: 0, 1 or 2
-    mean = lambda h, w: nn.functional.avg_pool2d(x, (h, w)).repeat_interleave(h, 2).repeat_interleave(w, 3)
-    across, both = mean(s, s // 2) if third else 0, mean(s // 2, s) - mean(s, s) if third == 2 else 0
-    return across + both if third else mean(s, s)
-
-@exact_ends
-def raster(x, keep):
-    """The first ceil(keep H) rows of pixels: the classic reading order. Shapes and range as in `fourier`."""
-    return x * (torch.arange(x.shape[-1], device=x.device) < keep * x.shape[-1] - 1e-6)[:, None]
-
-@exact_ends
-def shuffle(x, keep):
-    """The first share keep of an 8 x 8 grid of cells in one fixed random order, as MAR. Shapes and range as in `fourier`."""
-    rank = torch.randperm(64, generator=torch.Generator().manual_seed(0)).view(8, 8).to(x.device)
-    cell = torch.arange(x.shape[-1], device=x.device) * 8 // x.shape[-1]        # of a row or column
-    return x * (rank[cell[:, None], cell] < keep * 64 - 1e-6)
-
-ORDERINGS = {f.__name__: f for f in (fourier, dct, resize, haar, blur, raster, shuffle)}  # ordering(x [B, C, H, H], keep) -> [B, C, H, H]
-
-def check_ordering(fn, size, channels=3):
-    """Says in words which laws of an ordering `fn(x, keep)` breaks on size x size images, and by how much (largest error
-    on Gaussian images of deviation 1). Returns list[str], empty when all hold: shape, zero at 0, identity at 1, linear, idempotent, nested."""
-    x, y = torch.randn(2, 2, channels, size, size, generator=torch.Generator().manual_seed(0))
-    keeps, fn = [0.125, 0.25, 0.4, 0.5, 0.75, 1.0], lambda x, keep, fn=fn: fn(x.clone(), keep)  # fn may write into x
-    if shapes := [f"shape: {list(x.shape)} becomes {list(fn(x, a).shape)} at keep {a:g}" for a in (0.0, *keeps) if fn(x, a).shape != x.shape]:
-        return shapes[:1]
-    checks = [("zero at 0", "keep 0", fn(x, 0.0), 0 * x), ("identity at 1", "keep 1", fn(x, 1.0), x)]
-    for n, a in enumerate(keeps):
-        P = fn(x, a)
-        checks += [("linear", f"keep {a:g}", fn(2 * x - 3 * y, a), 2 * P - 3 * fn(y, a)), ("idempotent", f"keep {a:g}", fn(P, a), P)]
-        for b in keeps[n + 1:]:
-            checks += [("nested", f"keep {a:g} after {b:g}", fn(fn(x, b), a), P), ("nested", f"keep {b:g} after {a:g}", fn(P, b), P)]
-    worst = {}  # law -> (largest error, where)
-    for law, where, got, want in checks:
-        worst[law] = max(worst.get(law, (0.0, "")), ((got - want).abs().nan_to_num(math.inf).max().item(), where))
-    return [f"{law}: broken at {where}, largest error {error:.3g}" for law, (error, where) in worst.items() if error > 1e-4]
-
-# --- Settings ---------------------------------------------------------------------------------------------------------
-PAPER_LEVELS = tuple(side / 16 for side in (2, 3, 4, 5, 6, 7, 8, 9, 10, 16))  # 10 steps on the paper's 16 x 16 token grid
-PAPER = dict(levels=PAPER_LEVELS, attention="causal", head_mixing=False, head_draws=4, target="full", prediction="eps", schedule="cosine",
-             solver="ddpm", head_steps="paper", temperature="paper", mask="text", loss_weighting=True, time_shift=1.0)
-LATENTS = dict(image_size=16, channels=16, patch_size=1, num_classes=1000, levels=PAPER_LEVELS, cond_tokens=64, attention="causal", head_mixing=False,
-               head_draws=4, dropout=0.1, ordering="resize")                    # a Fourier square of 16 x 16 tells 6 of the 10 levels apart
-PRESETS = {
-    "digits": dict(image_size=8, channels=1, ordering="dct", levels_per_image=1, width=128, head_width=128, head_depth=4, head_steps=32, temperature=1.05),
-    "cifar": dict(levels=(0.25, 1.0), ordering="dct", levels_per_image=1, target="residual", time_shift=[0.35, 2.5], head_depth=8, head_steps=8),
-    "imagenet64": dict(image_size=64, num_classes=1000, levels=(0.125, 0.25, 0.5, 1.0), ordering="dct", levels_per_image=1, width=768, depth=8, heads=12, head_width=768, head_depth=8),
-    "far_b": dict(LATENTS, width=768, depth=24, heads=12, head_width=1024, head_depth=3),
-    "far_l": dict(LATENTS, width=1024, depth=32, heads=16, head_width=1024, head_depth=4),
-    "far_h": dict(LATENTS, width=1280, depth=40, heads=16, head_width=1024, head_depth=6),
-}
-CHOICES = dict(attention=("causal", "markov"), prediction=("v", "eps"), schedule=("linear", "cosine"), target=("full", "next", "residual"), mask=("none", "text", "reference"),
-               solver=("ddpm", "ddim", "dpmpp_2m"), guidance_schedule=("linear", "constant"), step_rule=("paper", "locked"))
-SAMPLING = ("guidance", "guidance_schedule", "solver", "head_steps", "temperature", "step_rule", "coupling")  # what FAR.sample may override
 
 def check(ok, message):
     if not ok:
         raise ValueError(message)
 
-def describe(x):
-    return f"{x.dtype} of shape {list(x.shape)}" if torch.is_tensor(x) else f"of type {type(x).__name__}"
+
+# ==== Orderings (paper: section 4.1, appendix G): x_i = P_i x
+# A generation order is a chain of nested projections from nothing to the whole image: P_i is
+# linear, P_i P_j = P_min(i,j), P_0 = 0, P_F = identity. In code it is a function ordering(x, keep),
+# x [B, C, H, H] -> [B, C, H, H], keep in [0, 1]. A new one goes into ORDERINGS, and the setting
+# `ordering` names it; `check_ordering` says whether it keeps the laws.
+def exact_ends(ordering):
+    """Makes keep 0 give zeros and keep 1 the image itself, without rounding errors."""
+
+    @functools.wraps(ordering)
+    def with_exact_ends(x, keep):
+        if keep <= 0:
+            return torch.zeros_like(x)
+        if keep >= 1:
+            return x
+        return ordering(x, keep)
+
+    return with_exact_ends
+
+
+@exact_ends
+def fourier(x, keep):
+    """The paper's ideal low-pass filter: keeps the frequencies |f_x|, |f_y| <= keep H/2.
+
+    Frequencies are in whole cycles per image.
+    """
+    H = x.shape[-1]
+    f = torch.fft.fftfreq(H, 1 / H, device=x.device).abs()  # 0, 1, .., H/2, .., 1
+    low = f <= keep * H / 2 + 1e-6
+    return torch.fft.ifft2(torch.fft.fft2(x) * (low[:, None] & low)).real
+
+
+@exact_ends
+def dct(x, keep):
+    """Low-pass in the orthonormal 2-D DCT-II: keeps coefficients with both indices < keep H.
+
+    Like fourier, but nothing wraps around at the borders.
+    """
+    H = x.shape[-1]
+    n = torch.arange(H, device=x.device, dtype=x.dtype)
+    basis = torch.cos(math.pi / H * (n + 0.5) * n[:, None]) * math.sqrt(2 / H)  # one row a cosine
+    basis[0] /= math.sqrt(2)
+    low = basis[: math.ceil(keep * H - 1e-6)]
+    P = low.T @ low  # [H, H], the projection of one axis
+    return P @ x @ P
+
+
+@exact_ends
+def resize(x, keep):
+    """Area down-sampling to k x k, k = round(keep H), and bicubic up-sampling (appendix G).
+
+    What the published code runs; nearly a projection.
+    """
+    k = max(1, round(keep * x.shape[-1]))
+    small = interpolate(x, size=(k, k), mode="area")
+    return interpolate(small, size=x.shape[-2:], mode="bicubic")
+
+
+# Beyond the paper: other orders, to compare with.
+@exact_ends
+def haar(x, keep):
+    """Haar wavelets, coarse first: means of s x s pixels, s the least power of 2 >= 1/keep.
+
+    On the way to means of s/2 pixels, details across, down and diagonal are added, one at each
+    third. ValueError if s does not divide H.
+    """
+    s = 2 ** math.ceil(-math.log2(keep) - 1e-6)
+    H = x.shape[-1]
+    check(H % s == 0, f"haar: side {H} is not divisible by {s}, the block side at keep {keep:g}")
+
+    def means(height, width):
+        pooled = avg_pool2d(x, (height, width))
+        return pooled.repeat_interleave(height, 2).repeat_interleave(width, 3)
+
+    details = int(3 * (keep * s - 1) + 1e-6)  # 0: none, 1: across, 2: across and down
+    if details == 0:
+        return means(s, s)
+    if details == 1:
+        return means(s, s // 2)
+    return means(s, s // 2) + means(s // 2, s) - means(s, s)
+
+
+@exact_ends
+def raster(x, keep):
+    """The first ceil(keep H) rows of pixels: the classic reading order.
+
+    One row per step, for the 8 rows of a digit: FARConfig.preset("digits", ordering="raster",
+    levels=[k / 8 for k in range(1, 9)], step_rule="locked"); not locked, rows are drawn again.
+    """
+    H = x.shape[-1]
+    row = torch.arange(H, device=x.device)
+    return x * (row < keep * H - 1e-6)[:, None]
+
+
+@exact_ends
+def shuffle(x, keep):
+    """The first share keep of an 8 x 8 grid of cells in a random order, here one for all images."""
+    H = x.shape[-1]
+    rank = torch.tensor(SHUFFLED, device=x.device).view(8, 8)
+    cell = torch.arange(H, device=x.device) * 8 // H  # of each row and column
+    return x * (rank[cell[:, None], cell] < keep * 64 - 1e-6)
+
+
+SHUFFLED = torch.randperm(64, generator=torch.Generator().manual_seed(0)).tolist()
+
+
+ORDERINGS = {f.__name__: f for f in (fourier, dct, resize, haar, raster, shuffle)}
+
+
+# ==== Settings
+# The paper's 10 steps: on its 16 x 16 tokens, squares of 2 x 2, 3 x 3, .., 10 x 10, then the whole.
+PAPER_LEVELS = tuple(side / 16 for side in (2, 3, 4, 5, 6, 7, 8, 9, 10, 16))
+
+# ImageNet at 256 x 256: latents of a VAE, 16 x 16 with 16 channels, one token each.
+LATENTS = dict(
+    image_size=16,
+    channels=16,
+    patch_size=1,
+    num_classes=1000,
+    levels=PAPER_LEVELS,
+    ordering="resize",
+    cond_tokens=64,
+    attention="causal",
+    heads=16,
+    dropout=0.1,
+    head_mixing=False,
+    head_width=1024,
+    head_draws=4,
+)
+
+PRESETS = {
+    "digits": dict(
+        image_size=8,
+        channels=1,
+        levels=(0.25, 0.5, 1.0),
+        attention="causal",
+        width=128,
+        depth=4,
+        head_width=128,
+        head_steps=24,
+    ),
+    "cifar": dict(),  # the defaults of FARConfig
+    "imagenet64": dict(
+        image_size=64,
+        num_classes=1000,
+        cond_tokens=4,
+        width=768,
+        depth=16,
+        heads=12,
+        head_width=768,
+        head_depth=4,
+    ),
+    # The sizes of the paper's models; with paper=True its recipe too. The paper says 6, 3 and 3
+    # blocks in the head; its total for FAR-L fits 8.
+    "far_b": dict(LATENTS, width=768, depth=24, heads=12, head_depth=6),
+    "far_l": dict(LATENTS, width=1024, depth=32, head_depth=8),
+    "far_h": dict(LATENTS, width=1280, depth=40, head_depth=3),
+    # Beyond the paper, with weights in assets: a deep head of its own kind draws first the lowest
+    # 8 x 8 frequencies, then what is left. A cascade of two diffusion transformers.
+    "cifar_cascade": dict(
+        levels=(0.25, 1.0),
+        cond_tokens=0,
+        depth=1,
+        head_depth=8,
+        time_shift=[0.35, 2.5],
+        target="residual",
+        loss_weighting=False,
+        head_steps=8,
+    ),
+}
+
+
+def paper_recipe(image_size, ordering, levels=None):
+    """The paper's recipe as settings, for FARConfig.preset(name, paper=True).
+
+    But for two choices that were measured (experiments/results.md): no masks, which cost precision,
+    and the larger variance of DDPM, where the published code learns one in between.
+    """
+    # Refuses what is impossible.
+    FARConfig(image_size=image_size, patch_size=1, ordering=ordering, levels=levels or (1,))
+    if levels is None:
+        levels = PAPER_LEVELS
+        if image_size < 16:  # it has fewer frequencies than the paper has levels
+            levels = (0.25, 0.5, 0.75, 1.0)
+        levels = distinct_levels(levels, ORDERINGS[ordering], image_size)
+    F = len(levels)
+    return dict(
+        levels=levels,
+        attention="causal",
+        head_mixing=False,
+        head_draws=4,
+        prediction="eps",
+        schedule="cosine",
+        time_shift=1.0,
+        target="full",
+        loss_weighting=True,
+        mask=False,
+        guidance_schedule="linear",
+        head_steps=head_step_schedule(F),
+        solver="ddpm",
+        variance=1.0,
+        temperature=rising(0.8, 1.0, F),
+    )
+
+
+CHOICES = {
+    "ordering": ORDERINGS,
+    "attention": ("causal", "markov"),
+    "prediction": ("v", "eps"),
+    "schedule": ("linear", "cosine"),
+    "target": ("full", "next", "residual"),
+    "guidance_schedule": ("linear", "constant"),
+    "solver": ("ddpm", "ddim", "dpmpp_2m"),
+    "step_rule": ("paper", "locked"),
+}
+
 
 @dataclass
 class FARConfig:
-    """All settings of a model; the defaults are the `cifar` preset but for what PRESETS names. Raises ValueError on impossible settings."""
-    image_size: int = 32                # H
-    channels: int = 3                   # C
-    patch_size: object = 4              # p, or one a level
-    num_classes: int = 10               # 0: no class labels
-    levels: tuple = (0.25, 0.5, 1.0)    # keep_1 < .. < keep_F = 1
-    ordering: str = "fourier"           # a name in ORDERINGS
-    width: int = 256                    # transformer
-    depth: int = 1
-    heads: int = 4                      # attention heads of the transformer and of a mixing head
+    """All settings of a model; the defaults are the preset "cifar". ValueError on impossible ones.
+
+    "Per level" means one number, or a list of F; `level_guidance` and so on are the lists.
+    """
+
+    # Images and tokens.
+    image_size: int = 32  # H
+    channels: int = 3  # C
+    patch_size: int = 4  # p
+    # Levels: keep_1 < .. < keep_F = 1, and how to low-pass, a name in ORDERINGS.
+    levels: tuple = (0.125, 0.25, 0.5, 1.0)
+    ordering: str = "dct"
+    # Condition: a class, or with cond_dim > 0 embeddings [B, K, cond_dim], such as those of a text.
+    num_classes: int = 10  # 0: none
+    cond_tokens: int = 1  # K
+    cond_dim: int = 0
+    label_dropout: float = 0.1  # share of labels dropped in training, for guidance
+    # Transformer. causal: level i sees x_0 .. x_i. markov: x_i alone, as in the published code.
+    # Levels are then separate sequences, so that an image can train one at the price of one. Little
+    # is lost: x_i shows what x_0 .. x_{i-1} show; in sampling these are earlier drafts.
+    attention: str = "markov"
+    levels_per_image: int = 1  # L with markov; 0: all, as always with causal
+    width: int = 256  # W
+    depth: int = 8
+    heads: int = 4  # attention heads, also of a mixing head
     dropout: float = 0.0
-    cond_tokens: int = 0                # K tokens in front of all levels: copies of the class, or embeddings; 0: the class is only added
-    cond_dim: int = 0                   # > 0: labels are embeddings [B, K, cond_dim], e.g. of a text
-    attention: str = "markov"           # causal: a level sees itself and all earlier ones; markov: itself alone
-    levels_per_image: int = 0           # markov: random levels trained per image and step; 0 (and always with causal): all
-    head_width: int = 256               # diffusion head
-    head_depth: int = 5                 # blocks, for each size of patch
-    head_mixing: bool = True            # tokens of a level attend to each other in the head, which then has positions and its own numbers of each label
-    head_draws: int = 1                 # noise draws per token and transformer pass in training
-    prediction: str = "v"               # v: velocity, eps: noise
-    schedule: str = "linear"            # linear or cosine path from data to noise
-    time_shift: object = 1.0            # factor on t/(1 - t) of the times t in training (Esser et al. 2024), or one a level: above 1 more noise
-    target: str = "full"                # what the head learns: full p(x|x_i), next p(x_{i+1}|x_i), residual p(x_{i+1}-x_i|x_i)
-    mask: str = "none"                  # input masks, see mask_bounds
-    loss_weighting: bool = False        # w_i of loss_weights
-    label_dropout: float = 0.1          # share of labels dropped, for guidance
-    # What FAR.sample may override. i = 0 .. F-1: the step from x_i to x_{i+1}.
-    guidance: object = 1.0              # g >= 0, or one g_i a level: the head's prediction is u + g_i (p - u), p with and u without label
-    guidance_schedule: str = "linear"   # of one g: g_i = 1 + (g - 1) i/F, none at the first level; or constant: g_i = g
-    solver: str = "dpmpp_2m"            # ddpm, ddim or dpmpp_2m, see Path.sample
-    head_steps: object = 12             # steps of the solver: int, one a level, or "paper" (40 to 100)
-    temperature: object = 1.0           # factor on the head's noise: float, one a level, or "paper" (0.8 to 1)
-    step_rule: str = "paper"            # x_{i+1} = P_{i+1} xhat; or locked: x_i + P_{i+1} xhat - P_i xhat, which keeps what was known
-    coupling: object = 0.0              # rho in [0, 1] of couple_noise, or one a level: in k x k cells, k = round(keep_{i+1} H), where these are larger than a token; for target full alone
+    # Diffusion head.
+    head_mixing: bool = True  # beyond the paper: the tokens of a level attend to each other
+    head_width: int = 256  # w
+    head_depth: int = 2
+    head_draws: int = 1  # noise draws per token and pass of the transformer in training
+    prediction: str = "v"  # v: velocity. eps: noise, as in the paper
+    schedule: str = "linear"  # path from data to noise; cosine in the paper
+    time_shift: float | list = 1.0  # per level, beyond the paper: factor on t/(1 - t) in training
+    # Training. What the head learns: full, p(x | x_i), the paper's. For comparison, next:
+    # p(x_{i+1} | x_i); residual: p(x_{i+1} - x_i | x_i).
+    target: str = "full"
+    loss_weighting: bool = True
+    mask: bool = False  # hide a part of the visible tokens, in training and in sampling
+    # Sampling.
+    guidance: float | list = 1.0  # per level: g in `FAR.guided`; 1 is none
+    # Of one g: linear, 1 + (g - 1) i/F, none at level 0, less than g at the last; constant, g.
+    guidance_schedule: str = "linear"
+    head_steps: int | list = 12  # per level: steps of the solver
+    # ddpm: the paper's, ancestral. Beyond the paper: ddim; dpmpp_2m, of second order.
+    solver: str = "dpmpp_2m"
+    variance: float = 0.0  # of ddpm: 0 the smaller of the two variances of DDPM, 1 the larger
+    temperature: float | list = 1.0  # per level: factor on the noise
+    # paper: x_{i+1} = P_{i+1} xhat, so that what x_i shows is drawn again. Beyond the paper,
+    # locked: it stays, x_{i+1} = x_i + P_{i+1} xhat - P_i xhat.
+    step_rule: str = "paper"
 
     def __post_init__(self):
-        numbers = isinstance(self.levels, (tuple, list)) and all(isinstance(keep, (int, float)) for keep in self.levels)
-        check(numbers and len(self.levels) and all(a < b for a, b in zip((0, *self.levels), self.levels)) and self.levels[-1] == 1,
-              f"levels are {self.levels!r}; they must be numbers that increase from above 0 to exactly 1")
-        self.levels = tuple(map(float, self.levels))
-        for name, allowed in {**CHOICES, "ordering": ORDERINGS}.items():
-            check(getattr(self, name) in tuple(allowed), f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         for f in fields(self):
-            value, least = getattr(self, f.name), 0 if f.name in ("num_classes", "cond_tokens", "cond_dim", "levels_per_image") else 1
-            check(f.type is not int or type(value) is int and value >= least, f"{f.name} is {value!r}; it must be a whole number of at least {least}")
-            check(f.type is not float or isinstance(value, (int, float)) and 0 <= value <= 1, f"{f.name} is {value!r}; it must lie in [0, 1]")
-            check(f.type is not bool or isinstance(value, bool), f"{f.name} is {value!r}; it must be True or False")
-        self.patch_sizes = per_level(self.patch_size, len(self.levels), "patch_size")
-        check(not any(self.image_size % p for p in self.patch_sizes), f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
-        check(self.width % self.heads == 0 and self.width % 4 == 0, f"width {self.width} is not divisible by heads {self.heads} and by 4")
-        check(self.head_width % self.heads == 0 and self.head_width % 4 == 0 or not self.head_mixing, f"head_width {self.head_width} is not divisible by heads {self.heads} and by 4")
-        check(self.levels_per_image <= len(self.levels), f"levels_per_image is {self.levels_per_image}, more than the {len(self.levels)} levels")
-        check(self.cond_dim == 0 or self.cond_tokens > 0, "cond_dim needs cond_tokens, the number of embeddings a sample")
-        *_, coupling = [per_level(getattr(self, name), len(self.levels), name) for name in ("time_shift", "guidance", "head_steps", "temperature", "coupling")]
-        check(max(coupling) <= 1, f"coupling is {self.coupling}; it must lie in [0, 1]")
-        self.num_tokens, self.token_dim = [(self.image_size // p) ** 2 for p in self.patch_sizes], [self.channels * p ** 2 for p in self.patch_sizes]  # N, D
-        self.label_dim = self.width + self.head_width * self.head_mixing        # V: the first W for the transformer's tokens, the rest for a mixing head
+            setattr(self, f.name, plain(getattr(self, f.name)))
+        check_config(self)
+        self.levels = tuple(map(float, self.levels))
+        F = len(self.levels)
+        # Not settings, but what follows from them.
+        self.grid = self.image_size // self.patch_size  # tokens along a side
+        self.num_tokens = self.grid**2  # N
+        self.token_dim = self.channels * self.patch_size**2  # D
+        self.level_guidance = per_level(self.guidance, F, "guidance")
+        if self.guidance_schedule == "linear" and not isinstance(self.guidance, list):
+            self.level_guidance = [1 + (self.guidance - 1) * i / F for i in range(F)]
+        self.level_head_steps = per_level(self.head_steps, F, "head_steps", least=1, kinds=(int,))
+        self.level_temperature = per_level(self.temperature, F, "temperature")
+        self.level_time_shift = per_level(self.time_shift, F, "time_shift", least=0.001)
 
     @classmethod
     def preset(cls, name, paper=False, **overrides):
-        """A configuration of PRESETS; `paper` takes the paper's choices (PAPER) but for the ordering; overrides win."""
-        check(name in PRESETS, f"preset is {name!r}; allowed: {', '.join(PRESETS)}")
-        return cls.from_dict({**PRESETS[name], **(PAPER if paper else {}), **overrides})
+        """The settings of PRESETS[name], with paper=True `paper_recipe` on top; overrides win."""
+        check(name in PRESETS, f"preset is {name!r}; it must be one of {', '.join(PRESETS)}")
+        settings = dict(PRESETS[name])
+        if "levels" in overrides:
+            settings.pop("time_shift", None)  # a list for the levels of the preset
+        if paper:
+            check(name != "cifar_cascade", "cifar_cascade is no FAR; paper=True needs another")
+            size = {**settings, **overrides}.get("image_size", cls.image_size)
+            ordering = {**settings, **overrides}.get("ordering", cls.ordering)
+            settings.update(paper_recipe(size, ordering, overrides.get("levels")))
+        return cls.from_dict({**settings, **overrides})
 
-    to_dict = asdict
+    def to_dict(self):
+        return asdict(self)
 
     @classmethod
-    def from_dict(cls, d):
-        unknown = set(d) - {f.name for f in fields(cls)}
-        check(not unknown, f"unknown settings {sorted(unknown)}; allowed: {', '.join(f.name for f in fields(cls))}")
-        return cls(**d)
+    def from_dict(cls, settings):
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        check(not unknown, f"unknown settings {unknown}; allowed: {', '.join(known)}")
+        return cls(**settings)
 
-# --- Tokens, masks and schedules over levels --------------------------------------------------------------------------
+
+# ==== Tokens (paper: section 4.2, continuous tokens): patches of pixels or latents, not quantised
 def patchify(x, p):
-    """Image x [B, C, H, H] -> tokens [B, N, C p^2], row by row; each token is (channel, row, column). ValueError if p does not divide H."""
+    """Image [B, C, H, H] -> tokens [B, N, D], row by row; a token is (channel, row, column).
+
+    ValueError if the patch side p does not divide H.
+    """
     B, C, H, W = x.shape
-    check(p >= 1 and H % p == 0 and W % p == 0, f"image sides {H} x {W} are not divisible by the patch side {p}")
-    return x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
+    fits = p >= 1 and H % p == 0 and W % p == 0
+    check(fits, f"image sides {H} x {W} are not divisible by the patch side {p}")
+    x = x.reshape(B, C, H // p, p, W // p, p)
+    x = x.permute(0, 2, 4, 1, 3, 5)  # [B, H/p, W/p, C, p, p]
+    return x.reshape(B, -1, C * p * p)
+
 
 def unpatchify(tokens, p, channels):
-    """Tokens [B, N, C p^2] -> square image [B, C, H, H]: the inverse of `patchify`. ValueError if N is no square or D another."""
-    G = math.isqrt(tokens.shape[1])
-    check(tokens.shape[1:] == (G * G, channels * p * p), f"tokens of shape {list(tokens.shape)} are no square grid of patches {channels} x {p} x {p}")
-    return tokens.reshape(len(tokens), G, G, channels, p, p).permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), channels, G * p, G * p)
+    """Tokens [B, N, D] -> square image [B, C, H, H]: the inverse of `patchify`.
 
+    ValueError if N is no square number or D is not channels p^2.
+    """
+    B, N, D = tokens.shape
+    G = math.isqrt(N)  # tokens along a side
+    message = f"tokens of shape {[B, N, D]} are no square grid of patches {channels} x {p} x {p}"
+    check(N == G * G and D == channels * p * p, message)
+    x = tokens.reshape(B, G, G, channels, p, p)
+    x = x.permute(0, 3, 1, 4, 2, 5)  # [B, C, G, p, G, p]
+    return x.reshape(B, channels, G * p, G * p)
+
+
+# ==== Frequency-aware schedules (paper: section 4.2): what changes from level to level
 def block_causal_mask(num_levels, num_tokens, markov=False):
-    """Bool [F N, F N], True = query (row) may attend to key (column): level(q) >= level(k), or level(q) == level(k) with `markov`. num_tokens: N, or one a level."""
-    level = torch.tensor([i for i, N in enumerate(per_level(num_tokens, num_levels, "num_tokens")) for _ in range(N)])
-    return level[:, None] == level if markov else level[:, None] >= level
+    """Which tokens see which, bool [F N, F N]: True where query (row) may attend to key (column).
+
+    A token sees its own level and all earlier ones, level(q) >= level(k). With markov only its own:
+    to look at, as `Transformer` then makes a sequence of each level.
+    """
+    level = torch.arange(num_levels).repeat_interleave(num_tokens)
+    if markov:
+        return level[:, None] == level
+    return level[:, None] >= level
+
 
 def loss_weights(F):
-    """Frequency-aware loss weights [F]: entry i-1 is w_i = 1 + sin(pi/2 i/F), more for high frequencies."""
-    return 1 + torch.sin(math.pi / 2 * torch.arange(1, F + 1) / F)
+    """Weights of the levels in the loss, [F], more for high frequencies: w_i = 1 + sin(pi/2 i/F).
 
-def mask_bounds(F, direction):
-    """Lower bounds [F] of the masked share at level i = 0 .. F-1: "text" (the paper's) 0.7 (1 - i/F), low levels most; "reference" (its code) 0.7 i/F."""
-    check(direction in ("text", "reference"), f"direction is {direction!r}; allowed: text, reference")
-    i = torch.arange(F) / F
-    return 0.7 * (1 - i if direction == "text" else i)
+    Here i = 1 .. F counts what is learned: entry i - 1 is for the step that ends at x_i.
+    """
+    i = torch.arange(1, F + 1)
+    return 1 + torch.sin(math.pi / 2 * i / F)
+
+
+def mask_bounds(F):
+    """Least share of the tokens hidden in training, [F]: 0.7 (1 - i/F) at level i = 0 .. F-1."""
+    return 0.7 * (1 - torch.arange(F) / F)
+
 
 def masked_share(lower):
-    """Draws shares from a Gaussian of mean 1 and deviation 0.25 cut off to [lower, 1], shaped like lower, by inverting its distribution function."""
+    """Shares from a Gaussian of mean 1 and deviation 0.25 cut off to [lower, 1], shaped like lower.
+
+    Inverts the distribution function, which there runs from ndtr((lower - 1)/0.25) to 1/2.
+    """
     low = torch.special.ndtr((lower - 1) / 0.25)
     return 1 + 0.25 * torch.special.ndtri(low + (0.5 - low) * torch.rand_like(lower))
 
+
+def training_mask(lower, N):
+    """Which of N visible tokens are hidden in training, bool [.., N]; lower [..]: `mask_bounds`."""
+    share = masked_share(lower)[..., None]
+    rank = torch.rand(*lower.shape, N, device=lower.device).argsort(-1)
+    # share N tokens in the mean: one random number in [0, 1) rounds up or down.
+    return rank + torch.rand_like(share) < share * N
+
+
+def sampling_mask(rank, i, F):
+    """Which visible tokens are hidden when level i is drawn: those of rank < N cos(pi/2 i/F).
+
+    rank [B, N]: the numbers 0 .. N-1 in a random order per image, the same at all levels. All
+    tokens are hidden at level 0, then fewer and fewer. A hidden token is not read, but drawn as all
+    others are.
+    """
+    return rank < rank.shape[1] * math.cos(math.pi / 2 * i / F) - 1e-6
+
+
+def rising(low, high, F):
+    """F numbers that rise linearly from low to high; a single level has high."""
+    if F == 1:
+        return [high]
+    return [low + (high - low) * i / (F - 1) for i in range(F)]
+
+
 def head_step_schedule(F, low=40, high=100):
-    """Frequency-aware head steps: list of F whole numbers rising linearly from low to high (mean 70); F = 1 gives [high]."""
-    return [round(low + (high - low) * i / (F - 1)) for i in range(F)] if F > 1 else [high]
+    """Steps of the head, list of F whole numbers: fewer for lower frequencies."""
+    return [round(steps) for steps in rising(low, high, F)]
 
-def per_level(value, F, name):
-    """A setting of every level: one number for all, a sequence of F, or "paper" (head_steps 40 to 100, temperature 0.8 to 1) -> list of F.
-    Whole numbers of at least 1 for head_steps, patch_size and num_tokens, finite numbers of at least 0 (time_shift: 0.001) otherwise; ValueError for anything else."""
-    kind, least = (int, 1) if name in ("head_steps", "patch_size", "num_tokens") else ((int, float), 0.001 if name == "time_shift" else 0)
-    paper = {"head_steps": head_step_schedule(F), "temperature": [1 - 0.2 * (F - i) / max(F - 1, 1) for i in range(1, F + 1)]}.get(name)
-    values = value.tolist() if hasattr(value, "tolist") else paper if isinstance(value, str) and value == "paper" else value
-    values = list(values) if isinstance(values, (list, tuple)) else [values] * F
-    check(len(values) == F and all(isinstance(v, kind) and not isinstance(v, bool) and least <= v < math.inf for v in values),
-          f"{name} is {value!r}; it must be a {'whole ' * (kind is int)}number of at least {least}, or one for each of {F} levels{', or paper' * bool(paper)}")
-    return values
 
-# --- Transformer: z_i from x_0 .. x_i ---------------------------------------------------------------------------------
+# ==== Transformer (paper: section 4.1, causal attention over frequency levels): z_i from x_0 .. x_i
 def sincos_2d(G, W):
-    """Position embeddings [G^2, W] of a G x G grid: sines and cosines of row and column at W/4 frequencies from 1 down to 1/100 a token."""
-    angle = torch.arange(G)[:, None] * 100 ** (-torch.arange(W // 4) / (W // 4))  # [G, W / 4]
-    axis = torch.cat([angle.sin(), angle.cos()], 1)                             # [G, W / 2]
-    return torch.cat([axis.repeat_interleave(G, 0), axis.repeat(G, 1)], 1)
+    """Position embeddings of a G x G grid, [G^2, W]: sines and cosines of row and column.
 
-class Attention(nn.Module):
-    """Multi-head self-attention, [S, T, W] -> [S, T, W]; qkv(x) is q, k, v in turn; `mask` as in block_causal_mask; `cache`: earlier "k" and "v" [S, heads, T, W / heads]."""
-    def __init__(self, width, heads, dropout=0.0):
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+    W/4 frequencies each, from 1 down to nearly 1/100 radian per token.
+    """
+    frequencies = 100 ** (-torch.arange(W // 4) / (W // 4))
+    angle = torch.arange(G)[:, None] * frequencies  # [G, W/4]
+    axis = torch.cat([angle.sin(), angle.cos()], 1)  # [G, W/2]
+    row = axis.repeat_interleave(G, 0)
+    column = axis.repeat(G, 1)
+    return torch.cat([row, column], 1)
 
-    def forward(self, x, mask=None, cache=None):
-        S, T, W = x.shape
-        q, k, v = self.qkv(x).view(S, T, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # each [S, heads, T, W / heads]
-        if cache is not None:
-            k, v = (torch.cat([cache[name], new], 2) if cache else new for name, new in (("k", k), ("v", v)))
-            cache.update(k=k, v=v)
-        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
-        return self.out(y.transpose(1, 2).reshape(S, T, W))
+
+def label_embedding(c, width):
+    """A layer that maps labels to vectors, [B, 1 or K, width].
+
+    Labels are class indices [B, 1], num_classes for "no label", or embeddings [B, K, cond_dim].
+    """
+    if c.cond_dim:
+        return nn.Linear(c.cond_dim, width)
+    return nn.Embedding(c.num_classes + 1, width)
+
 
 def mlp(width):
     return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
+
+class Attention(nn.Module):
+    """Multi-head self-attention of S sequences of T tokens, [S, T, W] -> [S, T, W].
+
+    mask: bool [T, T], True where query (row) may attend to key (column); None: everywhere.
+    cache: a dict that keeps the keys and values of earlier calls, "k" and "v", each [S, heads, T',
+    W/heads]; queries see those and their own.
+    """
+
+    def __init__(self, width, heads, dropout=0.0):
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x, mask=None, cache=None):
+        S, T, W = x.shape
+        qkv = self.qkv(x).view(S, T, 3, self.heads, W // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [S, heads, T, W/heads]
+        if cache is not None:
+            if cache:
+                k = torch.cat([cache["k"], k], 2)
+                v = torch.cat([cache["v"], v], 2)
+            cache.update(k=k, v=v)
+        dropout = self.dropout if self.training else 0.0
+        y = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.out(y.transpose(1, 2).reshape(S, T, W))
+
+
 class Block(nn.Module):
     """Pre-norm transformer block, [S, T, W] -> [S, T, W]."""
+
     def __init__(self, width, heads, dropout):
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads, dropout)
-        self.norm2, self.mlp, self.dropout = nn.LayerNorm(width), mlp(width), nn.Dropout(dropout)
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, heads, dropout)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = mlp(width)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, mask=None, cache=None):
         x = x + self.dropout(self.attention(self.norm1(x), mask, cache))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
-def by_size(sizes, layer):                                                      # tokens of one size D share layer(D), whatever their level
-    return nn.ModuleDict({str(D): layer(D) for D in sorted(set(sizes))})
 
 class Transformer(nn.Module):
-    """Visible tokens of the levels -> conditions z (paper, causal attention over frequency levels).
-    The sequence is [condition block of K tokens, level block, level block, ..]; every level's token also gets the mean condition."""
+    """The autoregressive model over levels.
+
+    Causal attention: one sequence [condition, x_0, x_1, .., x_{F-1}] of K + F N tokens, in which a
+    level sees itself and what stands before it. The block of x_0 = 0 holds nothing but positions,
+    level and condition. That suffices: x_1 depends on nothing else, but for the head's noise.
+    Markov attention: a sequence [condition, x_i] per level.
+    """
+
     def __init__(self, c):
         super().__init__()
-        self.c, self.input, self.level, self.norm = c, by_size(c.token_dim, lambda D: nn.Linear(D, c.width)), nn.Embedding(len(c.levels), c.width), nn.LayerNorm(c.width)
-        self.position = nn.Parameter(sincos_2d(math.isqrt(max(c.num_tokens)), c.width))  # of the finest grid, learned from there
-        self.label = nn.Linear(c.cond_dim, c.label_dim) if c.cond_dim else nn.Embedding(c.num_classes, c.label_dim) if c.num_classes else None
-        self.no_label = nn.Parameter(torch.randn(c.cond_tokens if c.cond_dim else 1, c.label_dim))  # starts like one more class
-        self.cond_position = nn.Parameter(0.02 * torch.randn(c.cond_tokens, c.width)) if c.cond_tokens else None
-        if c.mask != "none":
+        F, K = len(c.levels), c.cond_tokens
+        self.causal = c.attention == "causal"
+        self.label = label_embedding(c, c.width)
+        self.condition_position = nn.Parameter(0.02 * torch.randn(K, c.width))
+        self.input = nn.Linear(c.token_dim, c.width)
+        self.position = nn.Parameter(sincos_2d(c.grid, c.width))  # learned from there
+        self.level = nn.Embedding(F, c.width)
+        if c.mask:
             self.mask_token = nn.Parameter(0.02 * torch.randn(c.width))
-            self.register_buffer("mask_bounds", mask_bounds(len(c.levels), c.mask), persistent=False)
-        if c.attention == "causal":
-            mask = nn.functional.pad(block_causal_mask(len(c.levels), c.num_tokens), (c.cond_tokens, 0, c.cond_tokens, 0), value=True)
-            mask[:c.cond_tokens, c.cond_tokens:] = False                        # all see the condition block, which sees itself
-            self.register_buffer("attention_mask", mask, persistent=False)
         self.blocks = nn.ModuleList(Block(c.width, c.heads, c.dropout) for _ in range(c.depth))
+        self.norm = nn.LayerNorm(c.width)
+        if self.causal:
+            # All see the condition, which sees itself alone.
+            mask = pad(block_causal_mask(F, c.num_tokens), (K, 0, K, 0), value=True)
+            mask[:K, K:] = False
+            self.register_buffer("attention_mask", mask, persistent=False)
 
-    def embed(self, tokens, i, cond):
-        """Tokens of x_i [B, N, D], i a number or [B], cond [B, K or 1, W] -> [B, N, W]."""
-        x = self.input[str(tokens.shape[2])](tokens)
-        if self.training and self.c.mask != "none":                             # mask mechanism
-            share = masked_share(self.mask_bounds[i].expand(len(x)))[:, None]   # [B, 1]
-            rank = torch.rand(x.shape[:2], device=x.device).argsort(-1) + torch.rand_like(share)  # share N tokens in the mean, rounded up or down
-            x = torch.where((rank < share * x.shape[1])[..., None], self.mask_token.to(x.dtype), x)
-        grid = self.position.T.unflatten(1, 2 * [math.isqrt(len(self.position))])  # [W, G, G]
-        position = nn.functional.adaptive_avg_pool2d(grid, math.isqrt(x.shape[1])).flatten(1).T  # [N, W], the mean over each coarser token
-        return x + position + self.level.weight[i, None] + cond.mean(1, keepdim=True)
+    def embed(self, tokens, level, label, hidden=None):
+        """Tokens [S, N, D] of x_i, i in level [S], label [S, 1 or K, W] -> [S, N, W].
 
-    def forward(self, blocks, first, cond, cache=None):
-        """blocks: tokens [B, N, D] of x_i, i = first, first + 1, ..; cond [B, 1 or K, V] (FAR.condition) -> z_i [B, N, W], one a block. Training with causal attention:
-        all levels at once; with markov: one block, first [B] for images of several levels. Sampling: a level a call; causal keeps keys and values in `cache`, a dict a block."""
-        cond, start = cond[..., :self.c.width], not (cache and cache[0])         # the rest is the head's; the condition block comes with the first levels
-        x = [self.embed(tokens, first + n, cond) for n, tokens in enumerate(blocks)]
-        lengths, cond = [block.shape[1] for block in x], cond + self.cond_position if self.c.cond_tokens else cond[:, :0]  # cond [B, K, W]
-        h = torch.cat([cond, *x] if start else x, 1)
-        mask = self.attention_mask[:h.shape[1], :h.shape[1]] if start and self.c.attention == "causal" else None
-        for n, block in enumerate(self.blocks):
-            h = block(h, mask, cache[n] if cache else None)
-        return self.norm(h[:, -sum(lengths):]).split(lengths, 1)
+        hidden: bool [S, N], True where the mask token replaces the token.
+        """
+        h = self.input(tokens)
+        if hidden is not None:
+            h = torch.where(hidden[..., None], self.mask_token.to(h.dtype), h)
+        # Beyond the paper: the condition is also added to every token, better in small models.
+        return h + self.position + self.level(level)[:, None] + label.mean(1, keepdim=True)
 
-# --- Diffusion: a Gaussian path x_t = alpha_t x + sigma_t eps, t in [0, 1], and its samplers --------------------------
+    def forward(self, tokens, level, labels, hidden=None):
+        """Training, all levels at once: arguments as in `embed`, labels of B images -> z [S, N, W].
+
+        The S = B L items are the levels of each image, with causal attention all F in order.
+        """
+        S, N, _ = tokens.shape
+        label = self.label(labels)  # [B, 1 or K, W]
+        condition = label + self.condition_position  # [B, K, W]: K copies of a class
+        B, K, W = condition.shape
+        h = self.embed(tokens, level, label.repeat_interleave(S // B, 0), hidden)
+        if self.causal:
+            h = h.view(B, -1, W)  # [B, F N, W]: all levels of an image are one sequence
+            mask = self.attention_mask
+        else:
+            condition = condition.repeat_interleave(S // B, 0)
+            mask = None
+        h = torch.cat([condition, h], 1)
+        for block in self.blocks:
+            h = block(h, mask)
+        return self.norm(h[:, K:]).reshape(S, N, W)
+
+    def next_level(self, tokens, i, labels, cache, hidden=None):
+        """Sampling, one level after the other: tokens [B, N, D] of x_i -> z_i [B, N, W].
+
+        cache: a list of one dict per block, all empty before the first level, for the keys and
+        values of condition and earlier levels (markov attention leaves it alone). That is exact:
+        these never see a later level, so that their keys and values do not change.
+        """
+        B, N, _ = tokens.shape
+        label = self.label(labels)
+        h = self.embed(tokens, torch.full((B,), i, device=tokens.device), label, hidden)
+        if not self.causal:
+            cache = [None] * len(self.blocks)
+        mask = None  # this level sees all that came before
+        if not cache[0]:  # the first level, with markov attention every level
+            h = torch.cat([label + self.condition_position, h], 1)  # [B, K + N, W]
+            if self.causal:
+                mask = self.attention_mask[: h.shape[1], : h.shape[1]]
+        for block, kept in zip(self.blocks, cache, strict=True):
+            h = block(h, mask, kept)
+        return self.norm(h[:, -N:])
+
+
+# ==== Gaussian path (paper: section 4.2, diffusion loss): x_t = alpha_t x + sigma_t eps
 class Path:
-    """Noise schedule and prediction type. linear: alpha = 1 - t, sigma = t (flow matching); cosine: Nichol & Dhariwal 2021, the limit of
-    many steps: alpha^2 = f(t)/f(0), f(t) = cos^2(pi/2 (t + 0.008)/1.008). The network predicts a x + b eps: for prediction "eps" the noise
-    (a = 0, b = 1), for "v" the velocity, the derivative of x_t by t (linear: a = -1, b = 1) or by the angle (cosine: a = -sigma, b = alpha)."""
+    """Noise schedule, prediction type and samplers.
+
+    schedule "linear": alpha = 1 - t, sigma = t (flow matching). "cosine": Nichol & Dhariwal 2021,
+    the limit of many steps: alpha^2 = f(t)/f(0), f(t) = cos^2(pi/2 (t + 0.008)/1.008).
+
+    The network predicts a x + b eps. prediction "eps": the noise, a = 0, b = 1. "v": the velocity,
+    the derivative of x_t by t (linear: a = -1, b = 1) or by the angle (cosine: a = -sigma,
+    b = alpha).
+    """
+
     def __init__(self, schedule, prediction):
-        self.schedule, self.prediction = schedule, prediction
+        self.schedule = schedule
+        self.prediction = prediction
 
     def __call__(self, t):
-        """t -> (alpha, sigma, a, b)."""
+        """Times t -> (alpha, sigma, a, b), all like t."""
+        one = torch.ones_like(t)
         if self.schedule == "linear":
-            alpha, sigma, a, b = 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+            alpha, sigma = 1 - t, t
+            a, b = -one, one
         else:
-            alpha = torch.cos(math.pi / 2 * (t + 0.008) / 1.008) / math.cos(math.pi / 2 * 0.008 / 1.008)
-            sigma = (1 - alpha ** 2).clamp(min=0).sqrt()
+            alpha = torch.cos(math.pi / 2 * (t + 0.008) / 1.008)
+            alpha = alpha / math.cos(math.pi / 2 * 0.008 / 1.008)
+            sigma = (1 - alpha**2).clamp(min=0).sqrt()
             a, b = -sigma, alpha
-        return (alpha, sigma, a, b) if self.prediction == "v" else (alpha, sigma, torch.zeros_like(t), torch.ones_like(t))
+        if self.prediction == "eps":
+            a, b = 0 * one, one
+        return alpha, sigma, a, b
 
     def draw_t(self, *shape, device=None):
-        """Training times: logit-normal for the linear path (Esser et al. 2024), uniform for cosine."""
-        return torch.randn(shape, device=device).sigmoid() if self.schedule == "linear" else torch.rand(shape, device=device)
+        """Training times: linear logit-normal (Esser et al. 2024), cosine uniform."""
+        if self.schedule == "linear":
+            return torch.randn(shape, device=device).sigmoid()
+        return torch.rand(shape, device=device)
 
     def noise(self, x, eps, t):
-        """x, eps of one shape, t that broadcasts against them -> (x_t, what the network should predict), shaped like x."""
+        """x, eps of one shape, t that broadcasts -> (x_t, what the network should predict)."""
         alpha, sigma, a, b = self(t)
         return alpha * x + sigma * eps, a * x + b * eps
 
@@ -360,240 +679,687 @@ class Path:
         alpha, sigma, a, b = self(t)
         return (b * x_t - sigma * prediction) / (alpha * b - sigma * a)
 
-    def step(self, x_t, xhat, t, s, ancestral):
-        """One step x_t -> x_s, s < t, given the data prediction xhat, so that epshat = (x_t - alpha xhat) / sigma. Returns the mean of x_s, alpha_s xhat +
-        sqrt(sigma_s^2 - c^2) epshat, and its deviation c: ancestral (DDPM), c^2 is the variance of x_s given x_t and x; deterministic (DDIM), 0."""
-        (alpha, sigma, *_), (alpha_s, sigma_s, *_) = self(t), self(s)
-        variance = (sigma_s / sigma) ** 2 * (sigma ** 2 - (alpha / alpha_s * sigma_s) ** 2).clamp(min=0) if ancestral else 0 * sigma_s
-        return alpha_s * xhat + (sigma_s ** 2 - variance).clamp(min=0).sqrt() * (x_t - alpha * xhat) / sigma, variance.sqrt()
+    def times(self, steps, solver):
+        """The times of the sampler, [steps + 1], evenly from noise to data (0)."""
+        first = 0.999
+        if self.prediction == "eps" and solver != "ddpm":
+            # xhat = (x_t - sigma eps)/alpha, and a deterministic solver never forgets the error of
+            # its first step, which 1/alpha multiplies: start where alpha is at least 0.05.
+            first = 0.95
+        return torch.linspace(first, 0, steps + 1)  # on the CPU: no step waits for a GPU
 
-    def sample(self, network, noise, steps, solver="dpmpp_2m", temperature=1.0, draw=torch.randn_like):
-        """Integrates from noise (t = 0.999) to data (t = 0) in `steps` >= 1 evaluations of network(x_t, t) -> prediction.
-        ddpm and ddim: see `step`; dpmpp_2m: the ddim step with xhat extrapolated from the last two (Lu et al. 2022), second order.
-        noise: standard normal, any shape; draw(x): more of it, shaped like x; `temperature` >= 0 scales both. Returns data, shaped like noise."""
-        x, times = temperature * noise, torch.linspace(0.999, 0, steps + 1)            # on the CPU: no step waits for an accelerator
-        alpha, sigma, *_ = self(times)
-        snr = torch.log(alpha / sigma)                                          # half the logarithm of the signal-to-noise ratio
-        for n, (t, s) in enumerate(zip(times[:-1], times[1:])):
-            xhat = data = self.denoise(x, network(x, t), t)
+    def step(self, x_t, x_hat, t, s, ancestral, variance=0.0):
+        """One step x_t -> x_s, s < t, given the predicted data x_hat: (mean of x_s, deviation).
+
+        The mean is alpha_s x_hat + sqrt(sigma_s^2 - c^2) eps_hat. Deterministic (DDIM): c = 0, and
+        so is the deviation. Ancestral (DDPM): c^2 is the variance of x_s given x_t and x, the
+        smaller of DDPM's two; `variance` moves the squared deviation from there (0) to the larger,
+        the variance of x_t given x_s (1).
+        """
+        alpha, sigma, _, _ = self(t)
+        alpha_s, sigma_s, _, _ = self(s)
+        larger = (sigma**2 - (alpha / alpha_s * sigma_s) ** 2).clamp(min=0) * ancestral
+        smaller = (sigma_s / sigma) ** 2 * larger
+        eps_hat = (x_t - alpha * x_hat) / sigma
+        mean = alpha_s * x_hat + (sigma_s**2 - smaller).clamp(min=0).sqrt() * eps_hat
+        return mean, (smaller + variance * (larger - smaller)).sqrt()
+
+    def sample(self, network, noise, draw, steps, solver="dpmpp_2m", temperature=1.0, variance=0.0):
+        """Integrates from noise to data in steps >= 1 calls of network(x_t, t) -> prediction.
+
+        noise: normal, any shape; draw(): more of it, for ddpm. t: a tensor without dimensions, of
+        `times`; the last step ends at t = 0, at x_hat itself. solver: ddpm and ddim are `step`;
+        dpmpp_2m (Lu et al. 2022, second order) is the ddim step with x_hat extrapolated from the
+        last two, but for the first and the last step. temperature >= 0 scales the noise: that of
+        the steps (ddpm, as in the published code) or that of the start. Returns data like noise.
+        """
+        ancestral = solver == "ddpm"
+        times = self.times(steps, solver)
+        alpha, sigma, _, _ = self(times)
+        log_ratio = torch.log(alpha / sigma)  # of signal to noise
+        x = noise
+        if times[0] < 0.99:  # at 0.999 sigma is nearly 1
+            x = sigma[0] * x
+        if not ancestral:
+            x = temperature * x
+        last = None
+        for n in range(steps):
+            t, s = times[n], times[n + 1]
+            x_hat = self.denoise(x, network(x, t), t)
+            ahead = x_hat
             if solver == "dpmpp_2m" and 0 < n < steps - 1:
-                data = xhat + (xhat - last) * (snr[n + 1] - snr[n]) / (2 * (snr[n] - snr[n - 1]))
-            last = xhat
-            x, deviation = self.step(x, data, t, s, solver == "ddpm")
-            if deviation > 0:
-                x = x + temperature * deviation * draw(x)
+                before = log_ratio[n] - log_ratio[n - 1]
+                after = log_ratio[n + 1] - log_ratio[n]
+                ahead = x_hat + after / before / 2 * (x_hat - last)
+            last = x_hat
+            x, deviation = self.step(x, ahead, t, s, ancestral, variance)
+            if ancestral and n < steps - 1:  # the last step adds no noise
+                x = x + temperature * deviation * draw()
         return x
 
-# --- Diffusion head: p(tokens | z) ------------------------------------------------------------------------------------
-class HeadBlock(nn.Module):
-    """AdaLN-Zero residual block (Peebles & Xie 2023), h [S, N, w], c [S, N or 1, w] -> [S, N, w]. modulation(silu(c)) is shift, scale, gate of the MLP, then,
-    with `mixing`, of the attention over the N tokens, which comes first. DiffusionHead starts it at zero, which makes the block the identity."""
-    def __init__(self, width, heads, mixing):
-        super().__init__()
-        self.norm1, self.mlp = nn.LayerNorm(width, elementwise_affine=False), mlp(width)
-        if mixing:
-            self.norm2, self.attention = nn.LayerNorm(width, elementwise_affine=False), Attention(width, heads)
-        self.modulation = nn.Linear(width, 6 * width if mixing else 3 * width)
 
-    def forward(self, h, c):
-        shift, scale, gate, *mix = self.modulation(nn.functional.silu(c)).split(h.shape[-1], -1)
-        if mix:
-            h = h + mix[2] * self.attention(self.norm2(h) * (1 + mix[1]) + mix[0])
-        return h + gate * self.mlp(self.norm1(h) * (1 + scale) + shift)
+# ==== Diffusion head (paper: section 4.2): p(tokens | z), one small network for all levels
+def zero_init(linear):
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class HeadBlock(nn.Module):
+    """AdaLN-Zero residual block of MAR (Li et al. 2024): h [S, N, w], steer [S, N, w] -> [S, N, w].
+
+    steer gives shift, scale and gate. They start at zero, which makes the block the identity.
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.modulation = zero_init(nn.Linear(width, 3 * width))
+
+    def forward(self, h, steer):
+        shift, scale, gate = self.modulation(silu(steer)).chunk(3, -1)
+        return h + gate * self.mlp(self.norm(h) * (1 + scale) + shift)
+
 
 class DiffusionHead(nn.Module):
-    """The small network that denoises a level's tokens given z (diffusion loss, Li et al. 2024): an MLP per token with AdaLN-Zero on z, t and level; with `head_mixing`
-    the tokens of a level also attend to each other, have positions and share one t and the label. Every size D of tokens has its own input, positions, blocks and output."""
+    """The paper's head: denoises every token by itself, given its z, the level and the time t."""
+
     def __init__(self, c):
         super().__init__()
-        w, self.mixing, self.draws, self.path = c.head_width, c.head_mixing, c.head_draws, Path(c.schedule, c.prediction)
-        self.input, self.output = by_size(c.token_dim, lambda D: nn.Linear(D, w)), by_size(c.token_dim, lambda D: nn.Linear(w, D))
-        self.condition, self.level, self.time = nn.Linear(c.width, w), nn.Embedding(len(c.levels), w), nn.Sequential(nn.Linear(64, w), nn.SiLU(), nn.Linear(w, w))
-        self.blocks = by_size(c.token_dim, lambda D: nn.ModuleList(HeadBlock(w, c.heads, c.head_mixing) for _ in range(c.head_depth)))
-        self.position = nn.ParameterDict({str(D): sincos_2d(math.isqrt(N), w) for N, D in zip(c.num_tokens, c.token_dim)} if c.head_mixing else {})
-        self.norm, self.modulation = nn.LayerNorm(w, elementwise_affine=False), nn.Linear(w, 2 * w)
-        self.register_buffer("frequencies", 1000 * torch.exp(-math.log(10000) * torch.arange(32) / 32), persistent=False)
-        self.register_buffer("time_shift", torch.tensor(per_level(c.time_shift, len(c.levels), "time_shift"), dtype=torch.float32), persistent=False)
-        for layer in (self.modulation, *self.output.values(), *(block.modulation for blocks in self.blocks.values() for block in blocks)):
-            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+        w = c.head_width
+        self.path = Path(c.schedule, c.prediction)
+        self.input = nn.Linear(c.token_dim, w)
+        self.z = nn.Linear(c.width, w)
+        self.level = nn.Embedding(len(c.levels), w)
+        self.time = nn.Sequential(nn.Linear(64, w), nn.SiLU(), nn.Linear(w, w))
+        self.blocks = nn.ModuleList(self.block(c) for _ in range(c.head_depth))
+        self.norm = nn.LayerNorm(w, elementwise_affine=False)
+        self.modulation = zero_init(nn.Linear(w, 2 * w))
+        self.output = zero_init(nn.Linear(w, c.token_dim))
+        frequencies = 1000 * 10000 ** (-torch.arange(32) / 32)  # as for t in 0 .. 1000
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        time_shift = torch.tensor(c.level_time_shift, dtype=torch.float32)
+        self.register_buffer("time_shift", time_shift, persistent=False)
 
-    def project(self, z, i, cond):
-        """z [S, N, W] of level i (or i [S]), label condition [S, 1 or K, V] -> (z [S, N, w], modulation [S, 1 or N, w]): once per level, not
-        once per step. The z of a token steers that token; with mixing, the mean z and the label steer all."""
-        z, level = self.condition(z), self.level.weight[i, None]
-        return z, level + (z.mean(1, keepdim=True) + cond[..., -z.shape[2]:].mean(1, keepdim=True) if self.mixing else z)
+    def block(self, c):
+        return HeadBlock(c.head_width)
 
-    def forward(self, x_t, t, projected):
-        """Noisy tokens x_t [S, N, D], times t [S, 1] or [S, N], `project`'s answer -> prediction [S, N, D]."""
-        (z, c), D, angle = projected, str(x_t.shape[2]), t[..., None] * self.frequencies
-        c = c + self.time(torch.cat([angle.cos(), angle.sin()], -1))            # [S, 1 or N, w]
-        h = self.input[D](x_t) + z + (self.position[D].to(z.dtype) if self.mixing else 0)
-        for block in self.blocks[D]:
-            h = block(h, c)
-        shift, scale = self.modulation(nn.functional.silu(c)).chunk(2, -1)
-        return self.output[D](self.norm(h) * (1 + scale) + shift).float()
+    def read(self, z, level, labels):
+        """z [S, N, W], level [S], labels as in `label_embedding` -> (added, steer).
 
-    def loss(self, target, noise, z, i, cond, band=lambda prediction: prediction):
-        """target [S, N, D], normal noise of deviation 1 [S draws, N, D], conditions as in `project` -> mean squared error of the prediction, [S], over `head_draws` draws
-        of (t, noise), t/(1 - t) of `draw_t` times the level's time_shift. Where targets lie in a part of the space only, `band` projects predictions [S draws, N, D] there."""
-        projected = [a.repeat_interleave(self.draws, 0) for a in self.project(z, i, cond)]
-        t = self.path.draw_t(len(noise), 1 if self.mixing else noise.shape[1], device=noise.device)
-        t = t / (t + (1 - t) / self.time_shift[i].expand(len(z)).repeat_interleave(self.draws)[:, None])  # t/(1 - t) times the shift
-        x_t, want = self.path.noise(target.repeat_interleave(self.draws, 0), noise, t[..., None])
-        return (band(self(x_t, t, projected)) - want).square().mean((1, 2)).view(-1, self.draws).mean(1)
+        steer [S, N, w] modulates the blocks; added is summed onto the noisy tokens (here it is 0).
+        Neither depends on the time: computed once per level, not once per step of the sampler.
+        """
+        return 0.0, self.z(z) + self.level(level)[:, None]
 
-# --- FAR: the loss and the generation loop ----------------------------------------------------------------------------
-def couple_noise(noise, shared, side, rho):
-    """sqrt(rho) shared[cell] + sqrt(1 - rho) noise: tokens of one cell correlate by rho, each keeps variance 1. noise [B, N, D] and
-    shared [B, side^2, D] are independent standard normal; the G x G token grid falls into side x side cells, side < G."""
-    G = math.isqrt(noise.shape[1])
-    cell = torch.arange(G, device=noise.device) * side // G
-    return math.sqrt(rho) * shared[:, (cell[:, None] * side + cell).flatten()] + math.sqrt(1 - rho) * noise
+    def forward(self, x_t, t, added, steer):
+        """Noisy tokens x_t [S, N, D], times t [S, 1 or N], from `read` -> prediction [S, N, D]."""
+        angle = t[..., None] * self.frequencies
+        steer = steer + self.time(torch.cat([angle.cos(), angle.sin()], -1))
+        h = self.input(x_t) + added
+        for block in self.blocks:
+            h = block(h, steer)
+        shift, scale = self.modulation(silu(steer)).chunk(2, -1)
+        return self.output(self.norm(h) * (1 + scale) + shift).float()
 
+    def loss(self, target, noise, z, level, labels, cut):
+        """Diffusion loss [S] of tokens target [S, N, D], given z [S, N, W] of level [S].
+
+        noise: normal, [S, N, D]. cut(prediction) removes what a level does not draw (target full:
+        nothing).
+        """
+        added, steer = self.read(z, level, labels)
+        # A time for each token, or where they are denoised together one for all.
+        t = self.path.draw_t(*steer.shape[:2], device=z.device)
+        # Beyond the paper: time_shift above 1 trains a level on more noise.
+        t = t / (t + (1 - t) / self.time_shift[level][:, None])
+        x_t, wanted = self.path.noise(target, noise, t[..., None])
+        error = cut(self(x_t, t, added, steer)) - wanted
+        return error.square().mean((1, 2))
+
+
+class MixingBlock(nn.Module):
+    """A block of DiT (Peebles & Xie 2023): HeadBlock with attention over the N tokens before it."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.attention = Attention(width, heads)
+        self.mlp = mlp(width)
+        self.modulation = zero_init(nn.Linear(width, 6 * width))
+
+    def forward(self, h, steer):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(silu(steer)).chunk(6, -1)
+        h = h + gate1 * self.attention(self.norm(h) * (1 + scale1) + shift1)
+        return h + gate2 * self.mlp(self.norm(h) * (1 + scale2) + shift2)
+
+
+class MixingHead(DiffusionHead):
+    """Beyond the paper: the tokens of a level are denoised together, at one time t.
+
+    z_i follows from the condition and x_0 .. x_i, so that the paper's head, given z_i, draws tokens
+    that know nothing of each other; at level 0 they share no more than the class. Here the tokens
+    attend to each other and have positions, and the label and the mean of z steer all of them.
+    """
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.label = label_embedding(c, c.head_width)
+        self.position = nn.Parameter(sincos_2d(c.grid, c.head_width))
+
+    def block(self, c):
+        return MixingBlock(c.head_width, c.heads)
+
+    def read(self, z, level, labels):
+        z = self.z(z)
+        label = self.label(labels).mean(1, keepdim=True)
+        steer = z.mean(1, keepdim=True) + self.level(level)[:, None] + label  # [S, 1, w]
+        return z + self.position.to(z.dtype), steer
+
+
+# ==== FAR (paper: section 4): the loss and the generation loop
 class FAR(nn.Module):
-    """Frequency autoregressive model. Images [B, C, H, H]: float32 of about [-1, 1] (or latents of unit variance) or uint8 [0, 255]. Labels: int64 [B] in
-    [0, num_classes), or float [B, K, cond_dim]. Others raise ValueError (but for the range of labels on an accelerator: a check would wait for it)."""
+    """Frequency autoregressive model.
+
+    Images [B, C, H, H]: float32 in about [-1, 1] (or latents of unit variance), or uint8 [0, 255].
+    Labels: int64 [B] in [0, num_classes), float [B, K, cond_dim], or None. ValueError on others.
+    """
+
     def __init__(self, config):
         super().__init__()
-        self.config, self.transformer, self.head = config, Transformer(config), DiffusionHead(config)
-        for name in ("data_scale", "noise_scale"):                              # units of what each level draws and of its noise, see set_scales
-            self.register_buffer(name, torch.ones(len(config.levels)))
+        c = config
+        self.config = c
+        self.F = len(c.levels)
+        self.transformer = Transformer(c)
+        self.head = MixingHead(c) if c.head_mixing else DiffusionHead(c)
+        if c.cond_dim:
+            self.no_label = nn.Parameter(torch.randn(1, c.cond_tokens, c.cond_dim))
+        weights = loss_weights(self.F) if c.loss_weighting else torch.ones(self.F)
+        self.register_buffer("loss_weights", weights, persistent=False)
+        self.register_buffer("mask_bounds", mask_bounds(self.F), persistent=False)
+        # Beyond the paper, per level: scale of what is learned and of its noise, see `set_units`.
+        self.register_buffer("unit", torch.ones(self.F))
+        self.register_buffer("noise_unit", torch.ones(self.F))
 
-    def project(self, x, i):
-        """x_i = P_i x: x [B, C, H, H] seen at level i = 0 .. F, in float32."""
-        with torch.autocast(x.device.type, enabled=False):
-            return ORDERINGS[self.config.ordering](x.to(torch.float32, copy=True), (0.0, *self.config.levels)[i]).float()  # it may write into x
+    @property
+    def device(self):
+        return self.unit.device
 
-    def as_images(self, images):
-        c, size = self.config, [self.config.channels, self.config.image_size, self.config.image_size]
-        check(torch.is_tensor(images) and images.dtype in (torch.float32, torch.uint8) and list(images.shape[1:]) == size and len(images) > 0,
-              f"images are {describe(images)}; allowed: float32 of about [-1, 1] or uint8 [0, 255], of shape [B, {c.channels}, {c.image_size}, {c.image_size}]")
-        images = images.to(self.data_scale.device)
-        return images / 127.5 - 1 if images.dtype == torch.uint8 else images
-
-    def condition(self, labels, B, dropout=0.0):
-        """Labels, or None for B images without label -> [B, 1 or K, V] for transformer and head; a share `dropout` loses its label."""
-        c, device, no_label = self.config, self.data_scale.device, self.transformer.no_label
-        if labels is None:
-            return no_label.expand(B, -1, -1)
-        check(c.num_classes or c.cond_dim, "this model has no classes; give no labels")
-        shape, kind = ([B, c.cond_tokens, c.cond_dim], "float") if c.cond_dim else ([B], "int64")
-        check(torch.is_tensor(labels) and list(labels.shape) == shape and (labels.is_floating_point() if c.cond_dim else labels.dtype == torch.int64),
-              f"labels are {describe(labels)}; allowed: {kind} {shape}")
-        if not c.cond_dim and labels.device.type == "cpu":
-            check(0 <= labels.min() and labels.max() < c.num_classes, f"labels lie in {labels.min()} .. {labels.max()}; allowed: 0 .. {c.num_classes - 1}")
-        label = self.transformer.label(labels.to(device).float()) if c.cond_dim else self.transformer.label(labels.to(device))[:, None]
-        return torch.where((torch.rand if dropout else torch.ones)(B, 1, 1, device=device) < dropout, no_label, label)  # no dropout: no random numbers, but no_label stays in the graph, for DDP
-
-    def band(self, tokens, i):
-        """The part of an image that level i draws, tokens [B, N, D] -> [B, N, D]: all of it (target full), P_{i+1} x (next) or P_{i+1} x - P_i x
-        (residual). Noise and predictions are cut down to it too, so that the head has nothing to learn outside."""
-        c, p = self.config, self.config.patch_sizes[i]
-        if c.target == "full":
-            return tokens
-        x = unpatchify(tokens, p, c.channels)
-        return patchify(self.project(x, i + 1) - (self.project(x, i) if c.target == "residual" else 0), p)
-
-    @torch.no_grad()
-    def set_scales(self, images):
-        """Measures on images the units of each level, [F]: the deviation of its noise, and, for target "residual", of x_{i+1} - x_i."""
-        x = self.as_images(images)
-        for i, p in enumerate(self.config.patch_sizes):
-            self.noise_scale[i] = self.band(patchify(torch.randn_like(x), p), i).std().clamp(min=1e-6)
-            if self.config.target == "residual":
-                self.data_scale[i] = self.band(patchify(x, p), i).std().clamp(min=1e-6)
-
-    def losses(self, images, labels, k):
-        """Diffusion losses of the steps x_i -> x_{i+1}, [F], i = 0 .. F-1, each the mean over its images. Each image trains k levels (more where B < F / k),
-        and every level has the same share of the images, to within one and at least one; with causal attention all train all."""
-        c, F, images = self.config, len(self.config.levels), self.as_images(images)
-        B, causal, cond = len(images), c.attention == "causal", self.condition(labels, len(images), c.label_dropout if self.training else 0.0)
-        order = torch.rand(B, device=images.device).argsort().repeat(F if causal else max(k, math.ceil(F / B)))
-        rows = order.tensor_split(F)                                            # [b] each: the images that train level i
-        levels = [(i, images[r], p) for i, (r, p) in enumerate(zip(rows, c.patch_sizes))]
-        visible = [patchify(self.project(x, i), p) for i, x, p in levels]
-        target = [self.band(patchify(x, p), i) / self.data_scale[i] for i, x, p in levels]
-        noise = [self.band(torch.randn_like(x.repeat_interleave(c.head_draws, 0)), i) / self.noise_scale[i] for i, x in enumerate(target)]
-        z, losses = self.transformer(visible, 0, cond[rows[0]]) if causal else None, {}
-        kinds = range(F) if causal else c.patch_sizes                           # markov: levels with patches of one size go through the networks as one batch
-        for group in ([i for i in range(F) if kinds[i] == kind] for kind in dict.fromkeys(kinds)):
-            join = lambda parts: torch.cat([parts[i] for i in group])
-            band = lambda x: torch.cat([self.band(part, i) for i, part in zip(group, x.split([len(noise[i]) for i in group]))])
-            level, label = torch.cat([torch.full_like(rows[i], i) for i in group]), cond[join(rows)]
-            said = join(z) if causal else self.transformer([join(visible)], level, label)[0]
-            loss = self.head.loss(join(target), join(noise), said, level, label, band)
-            losses.update(zip(group, map(torch.mean, loss.split([len(rows[i]) for i in group]))))
-        return torch.stack([losses[i] for i in range(F)])
+    # ---- Training ----
 
     def forward(self, images, labels=None):
-        """Training loss, a scalar: the mean over levels of w_i times the loss of level i; w_i = 1 without loss_weighting."""
-        losses = self.losses(images, labels, self.config.levels_per_image or len(self.config.levels))
-        return sum(w * loss for w, loss in zip(loss_weights(len(losses)).tolist(), losses)) / len(losses) if self.config.loss_weighting else losses.mean()
+        """Training loss, a scalar: the mean over levels of their weight times diffusion loss."""
+        x = read_images(self, images)
+        level = self.levels_to_train(len(x))  # [B, L]
+        losses = self.losses(x, labels, level)  # [B, L]
+        return (self.loss_weights[level] * losses).mean()
 
     def level_losses(self, images, labels=None):
-        """Unweighted loss of each level, [F], the mean over images: entry i for the step x_i -> x_{i+1}."""
-        return self.losses(images, labels, len(self.config.levels))
+        """Diffusion loss of each step x_i -> x_{i+1}, [F], the mean over images; unweighted."""
+        x = read_images(self, images)
+        level = torch.arange(self.F, device=self.device).expand(len(x), -1)
+        return self.losses(x, labels, level).mean(0)
+
+    def losses(self, x, labels, level):
+        """Diffusion loss of each image x [B, C, H, H], float32, at level [B, L] -> [B, L]."""
+        labels = self.drop_labels(read_labels(self, labels, len(x)))
+        c = self.config
+        B, L = level.shape
+
+        # Teacher forcing: level i reads the true image, low-passed to keep_i, a part of it hidden.
+        visible = self.at_levels(self.low_pass, x, level).flatten(0, 1)  # [B L, C, H, H]
+        level = level.flatten()
+        hidden = None
+        if c.mask:
+            hidden = training_mask(self.mask_bounds[level], c.num_tokens)
+        z = self.transformer(patchify(visible, c.patch_size), level, labels, hidden)
+
+        # Whatever its level sees, the head learns the whole image (target full), unmasked. Every
+        # token is drawn head_draws times per pass of the transformer: [B L, ..] becomes [S, ..].
+        target = patchify(x, c.patch_size).repeat_interleave(L * c.head_draws, 0)
+        labels = labels.repeat_interleave(L * c.head_draws, 0)
+        level = level.repeat_interleave(c.head_draws)
+        z = z.repeat_interleave(c.head_draws, 0)
+        target = self.cut(target, level) / self.unit[level][:, None, None]
+        noise = self.noise(torch.randn_like(target), level)
+        cut = functools.partial(self.cut, level=level)
+        losses = self.head.loss(target, noise, z, level, labels, cut)
+        return losses.view(B, L, c.head_draws).mean(2)
+
+    def levels_to_train(self, B):
+        """The levels that each of B images trains, [B, L]."""
+        L = self.config.levels_per_image
+        if self.transformer.causal or L == 0:
+            return torch.arange(self.F, device=self.device).expand(B, -1)
+        # Image b trains the L levels from first + b L on, cyclically: all levels equally often.
+        first = torch.randint(self.F, (1,), device=self.device)
+        return (first + torch.arange(B * L, device=self.device).view(B, L)) % self.F
 
     @torch.no_grad()
     def average(self, model, decay):
-        """Moving average of weights: self becomes decay self + (1 - decay) model. Training keeps one, and samples are drawn from it."""
-        torch._foreach_lerp_(list(self.parameters()), list(model.parameters()), 1 - decay)
+        """Moving average of weights: self becomes decay self + (1 - decay) model; units are copied.
+        Training keeps one, and samples are drawn from it."""
+        update = get_ema_multi_avg_fn(decay)
+        update(list(self.parameters()), list(model.parameters()), None)
+        self.unit.copy_(model.unit)
+        self.noise_unit.copy_(model.noise_unit)
 
-    def guided(self, z, i, cond, guidance):
-        """What the sampler of level i integrates: a function of tokens x_t [B, N, D] and time t, the head's prediction u + g (p - u), g = guidance. z [S, N, W]
-        and cond [S, 1 or K, V] hold the labelled half, S = B, and where g is not 1 the unlabelled half after it, S = 2 B; both see the same x_t."""
-        projected = self.head.project(z, i, cond)
-        def network(x_t, t):
-            both = x_t.repeat(len(z) // len(x_t), 1, 1)
-            p, *u = self.head(both, torch.full((len(z), 1), float(t), device=z.device), projected).split(len(x_t))
-            return self.band(u[0] + guidance * (p - u[0]) if u else p, i)
-        return network
+    # ---- Generation ----
 
     @torch.no_grad()
-    def sample(self, labels, *, known=None, stops=None, generator=None, return_levels=False, **settings):
-        """Draws images level by level: z_i from the transformer, xhat from the head, x_{i+1} by the step rule.
-        labels: int64 [B] or float [B, K, cond_dim]; or an int n for n images without label (and without guidance).
-        known: (x, i) starts from what images x [B or 1, C, H, H] show at level i < F (0 or one of the stops). generator: a torch.Generator, or a list of one an image.
-        stops: some of the config's levels, 1 among them: the model takes these steps alone, each with the settings of the x_i it leaves (for target full and attention markov).
-        settings: those of FARConfig from guidance on, whose values are the default.
-        Returns [B, C, H, H] in about [-1, 1], or with return_levels [B, F, C, H, H], x_1 .. x_F (or stops). ValueError on bad arguments."""
-        check(set(settings) <= set(SAMPLING), f"settings are {', '.join(settings)}; allowed: {', '.join(SAMPLING)}")
-        c, device, levels = replace(self.config, **settings), self.data_scale.device, len(self.config.levels)
-        guidance, steps, temperature, coupling = (per_level(getattr(c, name), levels, name) for name in ("guidance", "head_steps", "temperature", "coupling"))
-        check(type(labels) is int and labels > 0 or torch.is_tensor(labels) and labels.ndim and len(labels), f"labels are {labels!r}; allowed: a tensor for one image or more, or their number")
-        B, given = (labels, None) if type(labels) is int else (len(labels), labels.cpu())
-        stops = c.levels if stops is None else stops if isinstance(stops, (list, tuple)) and (c.target, c.attention) == ("full", "markov") else ()
-        states = [i for i, keep in enumerate((0, *c.levels)) if keep in (0, *stops)]  # the x_i on the way
-        check(len(states) == len(stops) + 1 and 1 in stops, f"stops must be some of the levels {c.levels}, 1 among them, and the model have target full and attention markov")
-        image, start = (None, 0) if known is None else known if isinstance(known, tuple) and len(known) == 2 else (None, -1)
-        check(known is None or start in states[:-1] and len(self.as_images(image)) in (1, B), f"known must be (1 or {B} images, a level of {states[:-1]})")
-        generators = generator if isinstance(generator, (list, tuple)) else [generator]
-        check(len(generators) in (1, B) and all(isinstance(g, torch.Generator | None) for g in generators), f"generator must be a torch.Generator, or a list of one for each of {B} images")
-        def draw(*shape):                                                       # standard normal [B, *shape]
-            return torch.cat([torch.randn(B // len(generators), *shape, generator=g, device=g.device if g else device) for g in generators]).to(device)
-        linear = c.guidance_schedule == "linear" and torch.as_tensor(c.guidance).ndim == 0
-        guide = [1.0 if given is None else 1 + (g - 1) * i / levels if linear else g for i, g in enumerate(guidance)]
-        copies = 2 if any(guide[i] != 1 for i in states[:-1]) else 1            # labelled half, then unlabelled half
-        cond = torch.cat([self.condition(given, B), self.condition(None, B)][:copies])
-        x, outputs = torch.zeros(B, c.channels, c.image_size, c.image_size, device=device), []
-        cache, training = [{} for _ in self.transformer.blocks] if c.attention == "causal" else None, self.training
-        self.eval()
-        try:
-            for i, j in zip(states, states[1:]):                                # from x_i to x_j; j = i + 1 without stops
-                p = c.patch_sizes[i]
-                z = self.transformer([patchify(x, p).repeat(copies, 1, 1)], i, cond, cache)[0]
-                if i < start:
-                    x = self.project(self.as_images(image), j).expand(B, -1, -1, -1)
+    def sample(
+        self, labels, *, start=None, levels=None, generator=None, return_levels=False, **settings
+    ):
+        """Draws images from blur to detail.
+
+        labels: as for the class FAR, or an int n for n images without label (and guidance).
+        generator: a torch.Generator, or a list of one per image. settings: those of FARConfig named
+        in SAMPLING; the default is the config's value. levels: some of the config's, 1 among them:
+        draws these alone, each with the settings of the x_i it starts from (the paper's inference
+        scaling; for target full and attention markov). Beyond the paper, start: (x, i), what images
+        x [B or 1, C, H, H] show at level i < F is given.
+
+        Returns images [B, C, H, H] in about [-1, 1]; with return_levels [B, F, C, H, H], x_1 ..
+        x_F (or those of `levels`). ValueError on bad arguments.
+        """
+        c = sampling_config(self, settings)
+        steps = sampling_steps(self, levels)
+        B, labels, guided = sampling_labels(self, labels)
+        given, first = sampling_start(self, start, B, steps)
+        draw = noise_source(generator, B, self.device)
+        if guided and any(c.level_guidance[i] != 1 for i, _ in steps):
+            labels = torch.cat([labels, self.no_labels(B)])  # B with labels, then B without
+        copies = len(labels) // B
+        cache = [{} for _ in self.transformer.blocks]
+        hidden = None
+        if c.mask:
+            rank = draw(c.num_tokens).argsort(-1)  # [B, N]
+
+        x = torch.zeros(B, c.channels, c.image_size, c.image_size, device=self.device)  # x_0
+        shown = []
+        with eval_mode(self):
+            for i, j in steps:  # from x_i to x_j; j = i + 1, unless levels are left out
+                if c.mask:
+                    hidden = sampling_mask(rank, i, self.F).repeat(copies, 1)
+                tokens = patchify(x, c.patch_size).repeat(copies, 1, 1)
+                z = self.transformer.next_level(tokens, i, labels, cache, hidden)
+                if i < first:
+                    x = self.low_pass(given, j)  # given: read, not drawn
                 else:
-                    white, side = draw(c.num_tokens[i], c.token_dim[i]), max(1, round(c.levels[j - 1] * c.image_size))
-                    if coupling[i] and c.target == "full" and side < c.image_size // p:
-                        white = couple_noise(white, draw(side ** 2, c.token_dim[i]), side, coupling[i])
-                    S = 2 * B if guide[i] != 1 else B                           # no second half in the head where guidance is 1
-                    network, noise = self.guided(z[:S], i, cond[:S], guide[i]), lambda white: self.band(white, i) / self.noise_scale[i]
-                    tokens = self.head.path.sample(network, noise(white), steps[i], c.solver, temperature[i], lambda x: noise(draw(*x.shape[1:])))
-                    xhat = self.data_scale[i] * unpatchify(tokens, p, c.channels) + (x if c.target == "residual" else 0)
-                    x = self.project(xhat, j) + (x - self.project(xhat, i) if c.step_rule == "locked" else 0)
-                outputs.append(x)
-        finally:
-            self.train(training)
-        return torch.stack(outputs, 1) if return_levels else x
+                    x_hat = self.draw_image(x, z, i, labels, draw, c)
+                    # x_j = P_j xhat loses what lies above keep_j, and what xhat changed in x_i.
+                    kept = 0
+                    if c.step_rule == "locked":
+                        kept = x - self.low_pass(x_hat, i)
+                    x = self.low_pass(x_hat, j) + kept
+                shown.append(x)
+        if return_levels:
+            return torch.stack(shown, 1)
+        return x
+
+    def draw_image(self, x, z, i, labels, draw, c):
+        """The head draws xhat [B, C, H, H] at level i, given x_i, z_i and labels.
+
+        z [S, N, W] and labels [S, ..]: B with labels, and for guidance B without after them.
+        """
+        B = len(x)
+        guidance = c.level_guidance[i]
+        if guidance == 1:
+            z, labels = z[:B], labels[:B]
+
+        def noise():
+            level = torch.full((B,), i, device=x.device)
+            return self.noise(draw(c.num_tokens, c.token_dim), level)
+
+        settings = (c.level_head_steps[i], c.solver, c.level_temperature[i], c.variance)
+        network = self.guided(z, i, labels, guidance)
+        tokens = self.head.path.sample(network, noise(), noise, *settings)
+        drawn = self.unit[i] * unpatchify(tokens, c.patch_size, c.channels)
+        if c.target == "residual":
+            return x + drawn
+        return drawn
+
+    def guided(self, z, i, labels, guidance):
+        """What the sampler of level i integrates: network(x_t, t) -> prediction, both [B, N, D].
+
+        t: a tensor without dimensions. Without guidance (1), z [B, N, W] and labels [B, ..] give
+        the prediction. Otherwise they are [2 B, ..], the first half with labels, the second
+        without, and it is without + guidance (with - without). Both halves see the same x_t.
+        """
+        S = len(z)
+        level = torch.full((S,), i, device=z.device)
+        added, steer = self.head.read(z, level, labels)
+
+        def network(x_t, t):
+            B = len(x_t)
+            times = torch.full((S, 1), float(t), device=z.device)
+            prediction = self.head(x_t.repeat(S // B, 1, 1), times, added, steer)
+            if S > B:
+                with_label, without = prediction.chunk(2)
+                prediction = without + guidance * (with_label - without)
+            return self.cut(prediction, level[:B])
+
+        return network
+
+    # ---- What a level shows, and what it draws ----
+
+    def low_pass(self, x, i):
+        """x_i = P_i x, in float32: what images x [B, C, H, H] show at level i = 0 .. F."""
+        keep = (0.0, *self.config.levels)[i]
+        ordering = ORDERINGS[self.config.ordering]
+        with torch.autocast(x.device.type, enabled=False):
+            return ordering(x.to(torch.float32, copy=True), keep).float()  # it may write into x
+
+    def target(self, x, i):
+        """What level i draws of images x [B, C, H, H], a linear map of them.
+
+        A new target is a new line here and a name in CHOICES. If what is drawn does not show x_i,
+        `draw_image` has to add it.
+        """
+        if self.config.target == "next":
+            return self.low_pass(x, i + 1)
+        if self.config.target == "residual":
+            return self.low_pass(x, i + 1) - self.low_pass(x, i)
+        return x
+
+    def at_levels(self, fn, x, level):
+        """fn(x, i) of images x [B, C, H, H] for the levels i in level [B, L] -> [B, L, C, H, H]."""
+        every = torch.stack([fn(x, i) for i in range(self.F)], 1)
+        image = torch.arange(len(x), device=x.device)[:, None]
+        return every[image, level]
+
+    def cut(self, tokens, level):
+        """`target` of tokens [S, N, D] of level [S]. Noise and predictions are cut too, so that the
+        head has nothing to learn outside of what its level draws."""
+        c = self.config
+        if c.target == "full":
+            return tokens
+        x = unpatchify(tokens, c.patch_size, c.channels)
+        x = self.at_levels(self.target, x, level[:, None])[:, 0]
+        return patchify(x, c.patch_size)
+
+    def noise(self, white, level):
+        """White noise [S, N, D] as level [S] meets it: cut, and of deviation 1 again."""
+        return self.cut(white, level) / self.noise_unit[level][:, None, None]
+
+    @torch.no_grad()
+    def set_units(self, images):
+        """Beyond the paper: measures on training images the deviation of what each level draws
+        (target residual) and of its noise (residual and next), so that the head sees deviation 1.
+        To be called before training."""
+        c = self.config
+        if c.target == "full":
+            return
+        x = patchify(read_images(self, images), c.patch_size)
+        noise = torch.randn_like(x)
+        for i in range(self.F):
+            level = torch.full((len(x),), i, device=x.device)
+            self.noise_unit[i] = self.cut(noise, level).std().clamp(min=1e-6)
+            if c.target == "residual":
+                self.unit[i] = self.cut(x, level).std().clamp(min=1e-6)
+
+    # ---- Labels ----
+
+    def no_labels(self, B):
+        """B times "no label": class indices [B, 1], or embeddings [B, K, cond_dim]."""
+        if self.config.cond_dim:
+            return self.no_label.expand(B, -1, -1)
+        return torch.full((B, 1), self.config.num_classes, device=self.device)
+
+    def drop_labels(self, labels):
+        """Replaces a share label_dropout of the labels by "no label", in training alone."""
+        share = self.config.label_dropout if self.training else 0.0
+        dropped = torch.rand(len(labels), device=labels.device) < share
+        dropped = dropped.view(-1, *[1] * (labels.ndim - 1))
+        return torch.where(dropped, self.no_labels(len(labels)), labels)
+
+
+@contextlib.contextmanager
+def eval_mode(model):
+    """Evaluation mode (no dropout) inside; afterwards the mode of before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def noise_source(generator, B, device):
+    """draw(*shape): normal noise [B, *shape] from a torch.Generator, a list of one per image, or
+    (None) from the global one."""
+    generators = generator
+    if not isinstance(generator, (list, tuple)):
+        generators = [generator]
+    good = len(generators) in (1, B)
+    good = good and all(isinstance(g, torch.Generator | None) for g in generators)
+    check(good, f"generator must be a torch.Generator, or a list of one for each of {B} images")
+
+    def draw(*shape):
+        shape = (B // len(generators), *shape)
+        parts = []
+        for g in generators:
+            where = device if g is None else g.device
+            parts.append(torch.randn(shape, generator=g, device=where))
+        return torch.cat(parts).to(device)
+
+    return draw
+
+
+# ==== Checks of orderings, settings and arguments: nothing of the method
+def check_ordering(fn, size, channels=3):
+    """Says in words which laws the ordering fn(x, keep) breaks on size x size images.
+
+    Returns list[str], empty when all hold: shape, zero at 0, identity at 1, linear, idempotent,
+    nested, and that no image depends on others of its batch. The errors are the largest on normal
+    noise of deviation 1.
+    """
+    x, y = torch.randn(2, 2, channels, size, size, generator=torch.Generator().manual_seed(0))
+    keeps = [0.125, 0.25, 0.4, 0.5, 0.75, 1.0]
+    worst = {}  # law -> (largest error, where)
+
+    def P(keep, x):
+        return fn(x.clone(), keep)  # it may write into its input
+
+    def compare(law, where, got, want):
+        error = (got - want).abs().nan_to_num(math.inf).max().item()
+        worst[law] = max(worst.get(law, (0.0, "")), (error, where))
+
+    for keep in [0.0, *keeps]:
+        shape = list(P(keep, x).shape)
+        if shape != list(x.shape):
+            return [f"shape: {list(x.shape)} becomes {shape} at keep {keep:g}"]
+    compare("zero at 0", "keep 0", P(0.0, x), torch.zeros_like(x))
+    compare("identity at 1", "keep 1", P(1.0, x), x)
+    for a in keeps:
+        low = P(a, x)
+        compare("linear", f"keep {a:g}", P(a, 2 * x - 3 * y), 2 * low - 3 * P(a, y))
+        compare("idempotent", f"keep {a:g}", P(a, low), low)
+        compare("each image by itself", f"keep {a:g}", P(a, x[:1]), low[:1])
+        for b in keeps[keeps.index(a) + 1 :]:
+            compare("nested", f"keep {a:g} after {b:g}", P(a, P(b, x)), low)
+            compare("nested", f"keep {b:g} after {a:g}", P(b, low), low)
+    return [
+        f"{law}: broken at {where}, largest error {error:.3g}"
+        for law, (error, where) in worst.items()
+        if error > 1e-4
+    ]
+
+
+def distinct_levels(levels, ordering, size):
+    """Those of the levels that show more than the one before, on size x size images."""
+    kept = [levels[-1]]
+    with torch.device("cpu"):  # values are needed, also where a model is made on "meta"
+        x = torch.randn(1, 1, size, size, generator=torch.Generator().manual_seed(0))
+        for keep in reversed(levels[:-1]):
+            shown = ordering(x.clone(), keep)
+            more = ordering(x.clone(), kept[0]) - shown
+            if shown.abs().max() > 1e-5 and more.abs().max() > 1e-5:
+                kept.insert(0, keep)
+    return kept
+
+
+# Whole numbers that may be 0; the others are at least 1.
+MAY_BE_0 = ("num_classes", "cond_tokens", "cond_dim", "levels_per_image")
+
+
+def check_config(c):
+    """Raises ValueError on impossible settings."""
+    for f in fields(c):
+        name, value = f.name, getattr(c, f.name)
+        if name in CHOICES:
+            good = value in list(CHOICES[name])
+            check(good, f"{name} is {value!r}; it must be one of {', '.join(CHOICES[name])}")
+        if f.type is int:
+            least = int(name not in MAY_BE_0)
+            good = type(value) is int and value >= least
+            check(good, f"{name} is {value!r}; it must be a whole number of at least {least}")
+        if f.type is float:
+            good = type(value) in (int, float) and 0 <= value <= 1
+            check(good, f"{name} is {value!r}; it must lie in [0, 1]")
+        if f.type is bool:
+            check(type(value) is bool, f"{name} is {value!r}; it must be True or False")
+    check_levels(c.levels, c.levels_per_image)
+    check_divisors(c)
+    check(c.cond_tokens or not c.cond_dim, "cond_dim needs cond_tokens of at least 1")
+
+
+def check_levels(levels, L):
+    good = isinstance(levels, list) and len(levels) > 0
+    good = good and all(type(keep) in (int, float) for keep in levels)
+    good = good and levels == sorted({*levels}) and levels[0] > 0 and levels[-1] == 1
+    check(good, f"levels are {levels!r}; they must increase from above 0 to exactly 1")
+    check(L <= len(levels), f"levels_per_image is {L}, more than the {len(levels)} levels")
+
+
+def check_divisors(c):
+    divisors = [("image_size", c.patch_size), ("width", c.heads), ("width", 4)]
+    if c.head_mixing:
+        divisors += [("head_width", c.heads), ("head_width", 4)]
+    for name, divisor in divisors:
+        value = getattr(c, name)
+        check(value % divisor == 0, f"{name} {value} is not divisible by {divisor}")
+
+
+def plain(value):
+    """Numbers and arrays of numpy and torch, also in a list, as Python's own."""
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return value
+
+
+def per_level(value, F, name, least=0.0, kinds=(int, float)):
+    """One number for all levels, or a list of F numbers -> list of F numbers."""
+    values = value
+    if not isinstance(value, list):
+        values = [value] * F
+    good = len(values) == F and all(type(v) in kinds and least <= v < math.inf for v in values)
+    noun = "number"
+    if kinds == (int,):
+        noun = "whole number"
+    check(good, f"{name} is {value!r}; it must be a {noun} >= {least}, or {F}, one per level")
+    return values
+
+
+def check_tensor(name, x, dtypes, shape):
+    """Raises ValueError unless x is a tensor of one of the dtypes and, but for -1, of the shape."""
+    found = f"of type {type(x).__name__}"
+    good = torch.is_tensor(x)
+    if good:
+        found = f"{x.dtype} of shape {list(x.shape)}"
+        good = x.dtype in dtypes and x.ndim == len(shape) and len(x) > 0
+        good = good and all(n in (-1, m) for n, m in zip(shape, x.shape, strict=True))
+    kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    wanted = str(shape).replace("-1", "B")
+    check(good, f"{name} are {found}; allowed: {kinds} of shape {wanted}")
+
+
+def read_images(model, images):
+    """images -> float32 in about [-1, 1], on the device of the model."""
+    c = model.config
+    shape = [-1, c.channels, c.image_size, c.image_size]
+    check_tensor("images", images, (torch.float32, torch.uint8), shape)
+    images = images.to(model.device)
+    if images.dtype == torch.uint8:
+        images = images / 127.5 - 1
+    return images
+
+
+def read_labels(model, labels, B):
+    """labels of B images -> class indices [B, 1] or embeddings [B, K, cond_dim], on the device."""
+    c = model.config
+    if labels is None:
+        return model.no_labels(B)
+    if c.cond_dim:
+        floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+        check_tensor("labels", labels, floats, [B, c.cond_tokens, c.cond_dim])
+        return labels.to(model.device).float()
+    check(c.num_classes, "this model has no classes; give no labels")
+    check_tensor("labels", labels, (torch.int64,), [B])
+    if labels.device.type == "cpu":  # a check on an accelerator would wait for it
+        low, high = labels.min().item(), labels.max().item()
+        good = low >= 0 and high < c.num_classes
+        check(good, f"labels lie in {low} .. {high}; allowed: 0 .. {c.num_classes - 1}")
+    return labels.to(model.device)[:, None]
+
+
+# What FAR.sample may override.
+SAMPLING = [
+    "guidance",
+    "guidance_schedule",
+    "head_steps",
+    "solver",
+    "variance",
+    "temperature",
+    "mask",
+    "step_rule",
+]
+
+
+def sampling_config(model, settings):
+    """The config of the model with the settings given to `FAR.sample`."""
+    unknown = sorted(set(settings) - set(SAMPLING))
+    check(not unknown, f"unknown settings {unknown}; allowed: {', '.join(SAMPLING)}")
+    c = replace(model.config, **settings)
+    check(model.config.mask or not c.mask, "mask is True, but this model was trained without")
+    return c
+
+
+def sampling_labels(model, labels):
+    """labels of `FAR.sample` -> (B, labels as from read_labels, whether there are any)."""
+    if type(labels) is int and labels > 0:
+        return labels, model.no_labels(labels), False
+    good = torch.is_tensor(labels) and labels.ndim > 0 and len(labels) > 0
+    check(good, f"labels are {labels!r}; allowed: a tensor for one image or more, or their number")
+    if labels.dtype == torch.int64:
+        labels = labels.cpu()  # where their range is checked
+    return len(labels), read_labels(model, labels, len(labels)), True
+
+
+def sampling_steps(model, levels):
+    """levels of `FAR.sample` -> list of steps (i, j), from x_i to x_j."""
+    c = model.config
+    states = list(range(model.F + 1))
+    if levels is not None:
+        able = c.target == "full" and c.attention == "markov"
+        good = isinstance(levels, (list, tuple)) and 1 in levels and set(levels) <= set(c.levels)
+        rule = f"some of {c.levels}, 1 among them, of a model with target full, attention markov"
+        check(able and good, f"levels are {levels!r}; allowed: {rule}")
+        states = [0] + [i for i in states[1:] if c.levels[i - 1] in levels]
+    return list(zip(states[:-1], states[1:], strict=True))
+
+
+def sampling_start(model, start, B, steps):
+    """start of `FAR.sample` -> (images [B, C, H, H] or None, the first level to draw)."""
+    if start is None:
+        return None, 0
+    allowed = [i for i, _ in steps]
+    good = isinstance(start, tuple) and len(start) == 2 and start[1] in allowed
+    rule = f"start must be a tuple: 1 or {B} images, and a level of {allowed}"
+    check(good, rule)
+    images = read_images(model, start[0])
+    check(len(images) in (1, B), rule)
+    return images.expand(B, -1, -1, -1), start[1]

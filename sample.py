@@ -1,246 +1,757 @@
 """Draw images from a trained FAR model.
 
-    python sample.py                                                           # CIFAR-10 from assets/far_cifar10.pt
-    python sample.py --ckpt out/digits/ckpt.pt --labels 0-9 --n 100            # out/samples/samples.png
+    python sample.py                                                  # CIFAR-10, weights in assets
+    python sample.py --ckpt out/digits/ckpt.pt --labels 3,8 --n 20
+    python sample.py --ckpt out/digits/ckpt.pt --n 1797 --real assets/digits.npz      # with scores
+
+It writes samples.png, at most 400 of the images, and levels.png, a row x_1, x_2, .. for the first
+image of each class, at most ten.
 """
-import argparse, contextlib, functools, os, runpy, sys, time
-from dataclasses import fields, replace
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import runpy
+import sys
+import tempfile
+import time
+from dataclasses import fields
 
 import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageOps
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from far import CHOICES, FAR, FARConfig, ORDERINGS, SAMPLING, check, check_ordering
+from far import (
+    CHOICES,
+    FAR,
+    ORDERINGS,
+    SAMPLING,
+    FARConfig,
+    check,
+    check_ordering,
+    paper_recipe,
+    sampling_config,
+)
 
+ROOT = os.path.dirname(os.path.abspath(__file__))
+WEIGHTS = os.path.join(ROOT, "assets", "far_cifar10.pt")
+PICTURES = torchvision.datasets.folder.IMG_EXTENSIONS  # .jpg, .png, ..
+
+
+# ==== Errors, files, devices
 @contextlib.contextmanager
-def told(message):
-    """Whatever goes wrong inside becomes a ValueError of one sentence, the message and the cause: files of others can raise anything."""
+def explained(message):
+    """What goes wrong inside becomes a ValueError of one sentence: the message and the cause.
+
+    For files of others, which can raise anything.
+    """
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{message} ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})") from None
+        lines = str(error).splitlines() or [""]
+        cause = lines[0]
+        if type(error) is not ValueError:
+            cause = f"{type(error).__name__}: {cause}"
+        raise ValueError(f"{message} ({cause})") from None
 
-def load_checkpoint(path, device="cpu"):
-    """Reads a checkpoint of train_cifar.py -> (FAR with the EMA weights, in eval mode, on device; dict of the rest).
-    Raises ValueError with one sentence if the file is missing, cut off, or no FAR checkpoint."""
-    check(os.path.isfile(path), f"{path} is not a file; python train_cifar.py --data digits, for one, trains a model")
-    with told(f"{path} cannot be read as a checkpoint: it is cut off or not written by train_cifar.py"):
-        rest = torch.load(path, map_location="cpu", weights_only=True)
-    check(isinstance(rest, dict) and isinstance(rest.get("config"), dict) and "ema" in rest, f"{path} holds no FAR model: config and ema are missing")
-    name = str(rest["config"].get("ordering"))
-    check(":" not in name or name in ORDERINGS, f"{path} was trained with an ordering of its own: add --ordering {name}, in Python far.ORDERINGS[{name!r}] = the function")
-    with told(f"{path} does not fit this version of far.py"):
-        model = FAR(FARConfig.from_dict(rest["config"]))
-        model.load_state_dict(rest.pop("ema"))
-        check(all(p.isfinite().all() for p in model.parameters()), "its weights are not finite")
-    return model.to(device).eval().requires_grad_(False), rest
 
-def load_ordering(name, size=0, channels=3):
-    """Puts a user's "file.py:function" into far.ORDERINGS under that name; with a size, says first which laws it breaks there."""
-    if ":" in name:
-        file, function = name.rsplit(":", 1)
-        with told(f"--ordering {name} must name a file and an ordering(x, keep) in it"):
-            ORDERINGS[name] = ordering = runpy.run_path(file)[function]
-            if size:
-                print(f"{name}:", *check_ordering(ordering, size, channels) or ["all laws hold"], sep="\n  ")
+def write_file(path, save):
+    """Writes a file by save(file). It is there whole or not at all, even after a kill -9."""
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be written ({error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(part)
 
-def load_vae(name, device="cpu"):
-    """The diffusers AutoencoderKL of a name (downloaded) or folder, to encode and decode latents. ValueError if it or diffusers is missing."""
-    with told(f"no AutoencoderKL can be loaded from {name}, with pip install diffusers"):
-        from diffusers import AutoencoderKL
-        return AutoencoderKL.from_pretrained(name).to(device).eval().requires_grad_(False)
 
 def use_device(name):
-    """The torch.device of a name, "cuda" being this process's own GPU, ready for use. ValueError if there is none."""
-    with told(f"--device {name} is not usable here"):
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    """The torch.device of a name, ready for use; "cuda" is the GPU of this process."""
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    with explained(f"--device {name} is not usable here"):
+        device = torch.device(name)
+        if device.type == "mps":
+            version = tuple(map(int, torch.__version__.split(".")[:2]))
+            check(version >= (2, 6), f"mps needs torch 2.6 or newer, this is {torch.__version__}")
         torch.zeros(1, device=device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
-def count_flops(function):
-    """Floating-point operations of a call, by module and "Global": 2 for each multiply-add of its matrix products, as torch counts them."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        function()
-    return {part: sum(counts.values()) for part, counts in counter.get_flop_counts().items()}
 
-@functools.cache
-def matmul_rate(device, dtype):
-    """Floating-point operations a second of a large matrix product: the peak that training is measured against."""
-    from torch.utils.benchmark import Timer                                     # slow to import, and not needed to draw
-    n = 8192 if device.type == "cuda" else 1024
-    return 2 * n ** 3 / Timer("a @ a", globals=dict(a=torch.randn(n, n, device=device, dtype=dtype)), num_threads=torch.get_num_threads()).blocked_autorange().median
-
-def seed_of(*numbers):                                                          # one seed from several whole numbers of at least 0
+def seed_of(*numbers):
+    """One seed from several whole numbers of at least 0."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
+
+# ==== Checkpoints, orderings, autoencoders
+def load_checkpoint(path, device="cpu"):
+    """Reads a checkpoint of train_cifar.py -> (FAR, dict of the rest).
+
+    The model has the averaged weights, is on the device and in eval mode. ValueError if the file is
+    missing, cut off, or holds no such model.
+    """
+    check(os.path.isfile(path), f"{path} is not a file; python train_cifar.py trains a model")
+    with explained(f"{path} cannot be read as a checkpoint: cut off, or not of train_cifar.py"):
+        rest = torch.load(path, map_location="cpu", weights_only=True)
+    found = f"of type {type(rest).__name__}"
+    if isinstance(rest, dict):
+        found = "with " + ", ".join(map(str, list(rest)[:8]))
+    good = isinstance(rest, dict) and isinstance(rest.get("config"), dict)
+    good = good and isinstance(rest.get("ema"), dict)
+    check(good, f"{path} holds no FAR model: a dict with config and ema is needed, this is {found}")
+
+    name = str(rest["config"].get("ordering"))
+    known = ":" not in name or name in ORDERINGS
+    in_python = f"in Python far.ORDERINGS[{name!r}] = the function"
+    check(known, f"{path} has an ordering of its own: add --ordering {name}, {in_python}")
+    with explained(f"{path} does not fit this version of far.py"):
+        model = FAR(FARConfig.from_dict(rest["config"]))
+    weights = rest.pop("ema")
+    check_weights(path, model.state_dict(), weights)
+    model.load_state_dict(weights)
+    return model.to(device).eval().requires_grad_(False), rest
+
+
+def check_weights(path, wanted, found):
+    """Names the tensors of a checkpoint that are not those of the model."""
+    wrong = []
+    for name, tensor in wanted.items():
+        if name not in found:
+            wrong.append(f"{name} is missing")
+        elif found[name].shape != tensor.shape:
+            shapes = f"{list(found[name].shape)}, not {list(tensor.shape)}"
+            wrong.append(f"{name} has shape {shapes}")
+        elif not found[name].isfinite().all():
+            wrong.append(f"{name} is not finite")
+    for name in found:
+        if name not in wanted:
+            wrong.append(f"{name} is not known")
+    more = ""
+    if len(wrong) > 4:
+        more = f", and {len(wrong) - 4} more"
+    check(not wrong, f"{path} does not fit its model: {', '.join(wrong[:4])}{more}")
+
+
+def load_ordering(name, size=0, channels=3):
+    """Puts a user's "file.py:function" into far.ORDERINGS under that name.
+
+    With a size it also prints which laws the ordering breaks there. Other names stay as they are.
+    """
+    if ":" not in name:
+        return
+    file, function = name.rsplit(":", 1)
+    with explained(f"--ordering {name} must name a file and an ordering(x, keep) in it"):
+        ORDERINGS[name] = runpy.run_path(file)[function]
+        if size:
+            laws = check_ordering(ORDERINGS[name], size, channels)
+            print(f"{name}:", *laws or ["all laws hold"], sep="\n  ")
+
+
+def load_vae(name, device="cpu"):
+    """The diffusers AutoencoderKL of a name (downloaded) or a folder."""
+    with explained(f"no AutoencoderKL can be loaded from {name}; it needs pip install diffusers"):
+        from diffusers import AutoencoderKL
+
+        vae = AutoencoderKL.from_pretrained(name)
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def make_decoder(latents, device):
+    """decode(x) -> images [n, C, H, H]; without a VAE (latents empty) x are the images."""
+    if not latents:
+        return torch.clone
+    vae = load_vae(latents["vae"], device)
+
+    def decode(x):
+        images = []
+        for part in x.split(16):
+            decoded = vae.decode(part.to(device) / latents["scale"])
+            images.append(decoded.sample.cpu())
+        return torch.cat(images)
+
+    return decode
+
+
+# ==== Pictures
+def to_8_bits(image):
+    """A picture of 16 or 32 bits or of floats, scaled to 8 bits a channel; others as they are."""
+    if image.mode[0] not in "IF":
+        return image
+    values = np.asarray(image).astype(np.float64)
+    check(np.isfinite(values).all(), "some values are not finite")
+    most = values.max()
+    if image.mode == "F":
+        # By convention floats run to 1; those of a few programs to 255 or 65535.
+        scale = next((top for top in (1, 255, 65535) if most <= top), most)
+        values = values / scale * 255
+    elif most < 2**16:
+        values = values // 2**8
+    else:
+        values = values // 2**23
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+def on_white(image):
+    """A picture without transparency: what lies behind it is white."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image)
+
+
 def read_image(path, size, channels=3):
-    """A picture, centre-cropped to a square and resized (antialiased): uint8 [channels, size, size]; None if it cannot be read."""
+    """A picture, centre-cropped to a square and resized: uint8 [channels, size, size].
+
+    None if it cannot be read.
+    """
     try:
         with Image.open(path) as image:
-            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8)) if image.mode[0] == "I" else ImageOps.exif_transpose(image)  # "I": 16 bits
+            image = ImageOps.exif_transpose(image)
+            image = on_white(to_8_bits(image))
             image = image.convert({1: "L", 3: "RGB"}[channels])
-    except Exception:                                                           # a damaged picture can raise anything
+    except Exception:  # a damaged picture can raise anything
         return None
-    image = torchvision.transforms.functional.center_crop(image, min(image.size)).resize((size, size), Image.Resampling.LANCZOS)
+    image = torchvision.transforms.functional.center_crop(image, min(image.size))
+    image = image.resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
-def write_file(path, save):                                                     # by save(file); it is there once it is whole
-    with open(path + ".part", "wb") as file:
-        save(file)
-    os.replace(path + ".part", path)
 
-def list_folder(path, option):
-    """path/train/<class>/* -> torchvision's ImageFolder."""
-    check(path, f"{option} is missing: the folder that holds train/<class>/*.jpg")
-    with told(f"{option} {path} must be a folder that holds train/<class>/*.jpg"):
-        return torchvision.datasets.ImageFolder(os.path.join(path, "train"))
+def natural(name):
+    """Sorts names with their numbers as numbers: 2 before 10."""
+    parts = re.split(r"(\d+)", name)
+    parts[1::2] = map(int, parts[1::2])
+    return parts, name
+
+
+def list_folder(root):
+    """Pictures root/<class>/** -> (files, labels, classes); hidden folders are left out."""
+    check(os.path.isdir(root), f"{root} is not a folder")
+    found, hidden = {}, []
+    for folder, folders, names in os.walk(root, followlinks=True):
+        hidden += [os.path.join(folder, name) for name in folders if name[0] == "."]
+        folders[:] = [name for name in folders if name[0] != "."]
+        if folder == root:
+            found = {name: [] for name in folders}
+            continue
+        kind = os.path.relpath(folder, root).split(os.sep)[0]
+        for name in names:
+            if name[0] != "." and name.lower().endswith(PICTURES):
+                found[kind].append(os.path.join(folder, name))
+    for folder in hidden:
+        print(f"left out the hidden folder {folder}")
+
+    check(found, f"{root} holds no folders, one for each class")
+    classes = sorted(found, key=natural)
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        check(found[name], f"{os.path.join(root, name)} holds no pictures: remove it, or add some")
+        files += sorted(found[name])
+        labels += [label] * len(found[name])
+    return files, labels, classes
+
 
 def to_uint8(images):
-    """float images in about [-1, 1] -> uint8 [0, 255], same shape."""
+    """Float images in about [-1, 1] -> uint8 [0, 255], same shape."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
 
+
 def save_grid(images, path, columns):
-    """Writes images [n, C, H, H] in about [-1, 1] as one PNG, row by row, enlarged to at least 48 pixels each, with thin gaps; returns the path."""
-    images = torch.nn.functional.interpolate(to_uint8(images[:, :3]).float() / 255, scale_factor=max(1, -(-48 // images.shape[-1])))
-    torchvision.utils.save_image(torchvision.utils.make_grid(images, columns, padding=2, pad_value=0.5), path)
+    """Writes images [n, C, H, H] in about [-1, 1] as one PNG, row by row; returns the path.
+
+    Each is enlarged to at least 48 pixels; gaps are thin.
+    """
+    if images.shape[1] != 3:
+        images = images[:, :1]
+    scale = max(1, -(-48 // images.shape[-1]))
+    images = to_uint8(images).float() / 255
+    images = torch.nn.functional.interpolate(images, scale_factor=scale)
+    grid = torchvision.utils.make_grid(images, columns, padding=2, pad_value=0.5)
+
+    def save(file):
+        torchvision.utils.save_image(grid, file, format="png")
+
+    write_file(path, save)
     return path
 
-def draw_images(model, labels, seed=0, batch=None, progress=True, bf16=False, **settings):
-    """Yields (first index, images, from FAR.sample(**settings)) a batch at a time. Image i depends on seed, i and its label alone: every
-    image has a noise generator of its own. labels: int64 [n], or an int n for images without label. batch: 250 images, or on a CPU 1,600 tokens."""
-    n, device = labels if isinstance(labels, int) else len(labels), model.data_scale.device.type
-    batch = batch or (max(1, 1600 // max(model.config.num_tokens)) if device == "cpu" else 250)  # what the caches of a CPU hold
-    for start in tqdm(range(0, n, batch), unit="batch", desc="sample", disable=not progress):
-        generators = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(start, min(start + batch, n))]
-        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
-            images = model.sample(len(generators) if isinstance(labels, int) else labels[start:start + batch], generator=generators, **settings).cpu()
-        yield start, images.clone()                                             # outside of both modes, which would last in the caller; usual tensors
 
-def parse_labels(text, n, num_classes):
-    """"0-9", "3", "1,5,7-9" or "none" and a number of images -> int64 [n], sorted evenly over the classes, or the int n for "none"."""
-    if text == "none":
+# ==== Drawing
+def draw_images(model, labels, seed=0, batch=None, progress=True, bf16=False, **settings):
+    """Yields (first index, images of FAR.sample) a batch at a time.
+
+    Image i depends on seed, i and its label alone: each has a generator of its own. labels: int64
+    [n], or an int n for images without label. batch: 250, or on a CPU as many as have 1,600 tokens.
+    settings: those of FAR.sample.
+    """
+    n = labels
+    if torch.is_tensor(labels):
+        n = len(labels)
+    device = model.device.type
+    if batch is None:
+        batch = 250
+        if device == "cpu":  # what its caches hold
+            batch = max(1, 1600 // model.config.num_tokens)
+    for start in tqdm(range(0, n, batch), unit="batch", desc="sample", disable=not progress):
+        stop = min(start + batch, n)
+        request = stop - start
+        if torch.is_tensor(labels):
+            request = labels[start:stop]
+        generators = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(start, stop)]
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+            images = model.sample(request, generator=generators, **settings).cpu()
+        # Outside of both modes, which would last in the caller: an ordinary tensor.
+        yield start, images.clone()
+
+
+def parse_labels(text, n, num_classes, classes=()):
+    """Classes such as "0-9", "3", "1,5,7-9" or "cat,dog" -> labels int64 [n].
+
+    Names are those in `classes`. Sorted evenly over the classes asked for; without text over all.
+    "none", or a model without classes: the int n.
+    """
+    if text == "none" or (not text and not num_classes):
         return n
-    with told(f"--labels {text} is not understood; write classes as 0-9 or 1,5,7, or none"):
-        classes = [k for part in text.split(",") for a, _, b in [part.partition("-")] for k in range(int(a), int(b or a) + 1)]
-    check(classes and max(classes) < num_classes, f"--labels {text} is out of range: the model knows {num_classes} classes, from 0")
-    return torch.tensor([classes[i * len(classes) // n] for i in range(n)])
+    chosen = list(range(num_classes))
+    if text:
+        with explained(f"--labels {text} is not understood; write 0-9, 1,5,7, names or none"):
+            chosen = choose_classes(text, list(classes))
+    good = chosen and max(chosen) < num_classes
+    check(good, f"--labels {text} is out of range: the model has {num_classes} classes, from 0")
+    return torch.tensor([chosen[i * len(chosen) // n] for i in range(n)])
+
+
+def choose_classes(text, classes):
+    """Text as in `parse_labels` -> list of class numbers."""
+    chosen = []
+    for part in text.split(","):
+        if part in classes:
+            chosen.append(classes.index(part))
+            continue
+        first, _, last = part.partition("-")
+        chosen += range(int(first), int(last or first) + 1)
+    return chosen
+
+
+class Drawing:
+    """Collects what is drawn: pictures to show, and if asked for all pixels.
+
+    labels: as in `draw_images`. decode: as in `make_decoder`. png: a folder, which gets one file
+    for each image.
+    """
+
+    def __init__(self, labels, decode, keep_pixels=False, png=None):
+        self.labels = labels
+        self.decode = decode
+        self.png = png
+        self.keep_pixels = keep_pixels
+        self.n = labels
+        first = range(10)
+        if torch.is_tensor(labels):
+            self.n = len(labels)
+            first = np.unique(labels.numpy(), return_index=True)[1][:10]
+        shown = np.linspace(0, self.n - 1, min(self.n, 400)).round()
+        self.in_grid = {int(i) for i in shown}  # all, or 400 spread evenly over the classes
+        self.in_strips = {int(i) for i in first}  # the first of each class
+        self.grid, self.strips, self.pixels = [], [], []
+        self.total, self.squares = 0.0, 0.0
+
+    def add(self, start, levels):
+        """Takes images start, start + 1, ..: levels [B, F, C, H, H], x_1 .. x_F."""
+        self.total = self.total + levels.double().sum(0)
+        self.squares = self.squares + levels.double().square().sum(0)
+        images = self.decode(levels[:, -1])
+        pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()  # [B, H, W, C]
+        if self.keep_pixels:
+            self.pixels.append(pixels)
+        for n, image in enumerate(images):
+            i = start + n
+            if self.png:
+                picture = Image.fromarray(pixels[n].squeeze())
+                picture.save(os.path.join(self.png, f"{i:06d}.png"))
+            if i in self.in_grid:
+                self.grid.append(image)
+            if i in self.in_strips:
+                self.strips.append(self.decode(levels[n]))
+
+    def deviation(self):
+        """Standard deviation of each x_i over the images, the mean over pixels, [F]."""
+        variance = (self.squares - self.total.square() / self.n) / (self.n - 1)
+        return variance.clamp(min=0).sqrt().flatten(1).mean(1)
+
+    def save(self, out):
+        """Writes out/samples.png and out/levels.png, a row x_1 .. x_F for each of the strips."""
+        columns = 10 if self.n <= 100 else 20
+        samples = save_grid(torch.stack(self.grid), os.path.join(out, "samples.png"), columns)
+        columns = len(self.strips[0])
+        levels = save_grid(torch.cat(self.strips), os.path.join(out, "levels.png"), columns)
+        return [samples, levels]
+
+    def save_npz(self, path):
+        """Writes arr_0, the images uint8 [n, H, W, C], and arr_1, the labels int64 [n]."""
+        arrays = [np.concatenate(self.pixels)]
+        if torch.is_tensor(self.labels):
+            arrays.append(self.labels.numpy())
+
+        def save(file):
+            np.savez(file, *arrays)
+
+        write_file(path, save)
+
+
+def draw_samples(model, rest, out, labels=None, n=100, seed=0, **settings):
+    """Draws n images of a checkpoint, over all classes, into out/samples.png and out/levels.png."""
+    if labels is None:
+        labels = parse_labels(None, n, model.config.num_classes)
+    device = model.device
+    drawing = Drawing(labels, make_decoder(rest.get("latents"), device))
+    bf16 = device.type == "cuda"
+    drawn = draw_images(model, labels, seed, bf16=bf16, return_levels=True, **settings)
+    for start, levels in drawn:
+        drawing.add(start, levels)
+    os.makedirs(out, exist_ok=True)
+    print("wrote", *drawing.save(out))
+
+
+# ==== Scores
+def load_real(path, c, classes=()):
+    """Real images uint8 [m, H, W, C] and labels int64 [m] of an npz file or a folder.
+
+    The folder holds <class>/*.png or train/<class>/*.png; its classes are those of the model, by
+    name, or without names by number.
+    """
+    if os.path.isdir(path):
+        return load_real_folder(path, c, list(classes))
+    with explained(f"--real {path} must be a folder of images, or an npz file of them and labels"):
+        arrays = [x for x in np.load(path).values() if x.dtype.kind in "iu"]
+        images = [x for x in arrays if x.ndim == 4]
+        labels = [x for x in arrays if x.ndim == 1]
+        good = len(images) == len(labels) == 1 and len(images[0]) == len(labels[0])
+        shapes = [list(x.shape) for x in arrays]
+        check(good, f"its arrays of whole numbers have shapes {shapes}")
+        images, labels = images[0], labels[0]
+        wanted = (c.image_size, c.image_size, c.channels)
+        good = images.dtype == np.uint8 and images.shape[1:] == wanted and len(images) > 5
+        rule = f"the model needs more than 5, uint8 {list(wanted)}"
+        check(good, f"it has {len(images)} images, {images.dtype} {list(images.shape[1:])}; {rule}")
+    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+
+
+def load_real_folder(path, c, classes):
+    train = os.path.join(path, "train")
+    if os.path.isdir(train):
+        path = train
+    files, labels, names = list_folder(path)
+    if classes:
+        unknown = [name for name in names if name not in classes]
+        check(not unknown, f"--real {path} has classes that the model has not: {unknown}")
+        labels = [classes.index(names[label]) for label in labels]
+    images = []
+    for file in tqdm(files, desc="read images", unit="image"):
+        image = read_image(file, c.image_size, c.channels)
+        check(image is not None, f"{file} cannot be read: repair or remove it")
+        images.append(image.transpose(1, 2, 0))
+    check(len(images) > 5, f"--real {path} has {len(images)} images; at least 6 are needed")
+    return torch.from_numpy(np.stack(images)), torch.tensor(labels)
+
 
 def score(images, labels, real, truth, k=5):
-    """Compares uint8 images [n, H, W, C] with real ones [m, H, W, C], pixel by pixel in [0, 1], labels int64 [n] and [m] -> dict of
-    fd (Frechet distance of the Gaussians fitted to both, lower is better), precision and recall (share of images inside the other set's
-    k-nearest-neighbour manifold, Kynkaanniemi et al. 2019) and class_acc (share that the k nearest real images give the asked label)."""
-    a, b = (torch.as_tensor(x).flatten(1).double() / 255 for x in (images, real))
-    A, B, distance = a.T.cov(), b.T.cov(), torch.cdist(a, b)                    # distance [n, m]
-    fd = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * torch.linalg.eigvals(A @ B).real.clamp(min=0).sqrt().sum()
-    radius_a, radius_b = (torch.cdist(x, x).kthvalue(k + 1, 1)[0] for x in (a, b))
-    nearest = truth[distance.topk(k, largest=False)[1]].mode(1)[0]
-    shares = (distance <= radius_b).any(1), (distance <= radius_a[:, None]).any(0), nearest == labels
-    return dict(fd=fd.item(), **{name: share.double().mean().item() for name, share in zip(("precision", "recall", "class_acc"), shares)})
+    """Compares uint8 images [n, H, W, C] with real ones [m, H, W, C], pixel by pixel in [0, 1].
 
-def numbers(kind, alone=True):
-    """argparse type: comma-separated numbers -> a list of them, or, if `alone`, the number itself where there is one; also "paper"."""
+    labels int64 [n] and truth int64 [m]. Returns a dict: fd, the Frechet distance of the Gaussians
+    fitted to both, lower is better; precision and recall, the share of images inside the other
+    set's k-nearest-neighbour manifold (Kynkaanniemi et al. 2019); class_acc, the share to which the
+    k nearest real images give the label that was asked for.
+    """
+    a = torch.as_tensor(images).flatten(1).double() / 255
+    b = torch.as_tensor(real).flatten(1).double() / 255
+    radius_a = neighbour_radius(a, k)
+    radius_b = neighbour_radius(b, k)
+    inside, votes = [], []
+    reached = torch.zeros(len(b), dtype=torch.bool)
+    for part, radius in zip(a.split(1000), radius_a.split(1000), strict=True):
+        distance = torch.cdist(part, b)  # [up to 1000, m]
+        inside.append((distance <= radius_b).any(1))
+        reached |= (distance <= radius[:, None]).any(0)
+        nearest = distance.topk(k, largest=False).indices
+        votes.append(truth[nearest].mode(1).values)
+    right = torch.cat(votes) == labels
+    return dict(
+        fd=frechet_distance(a, b),
+        precision=torch.cat(inside).double().mean().item(),
+        recall=reached.double().mean().item(),
+        class_acc=right.double().mean().item(),
+    )
+
+
+def neighbour_radius(x, k):
+    """The distance of each row of x [n, D] to its k-th nearest other one, [n]."""
+    radius = []
+    for part in x.split(1000):
+        distance = torch.cdist(part, x)
+        # The nearest is the row itself.
+        radius.append(distance.kthvalue(k + 1, 1).values)
+    return torch.cat(radius)
+
+
+def frechet_distance(a, b):
+    """Frechet distance of the Gaussians fitted to the rows of a [n, D] and b [m, D]."""
+    A, B = a.T.cov(), b.T.cov()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    # The trace of sqrt(A B) is the sum of the square roots of the eigenvalues.
+    roots = torch.linalg.eigvals(A @ B).real.clamp(min=0).sqrt()
+    return (means + A.trace() + B.trace() - 2 * roots.sum()).item()
+
+
+def compare(drawing, real, truth, model, steps):
+    """`score`, and the deviation of each x_i over the samples, in units of the data's."""
+    pixels = torch.from_numpy(np.concatenate(drawing.pixels))
+    scores = score(pixels, drawing.labels, real, truth)
+    data = real.permute(0, 3, 1, 2).float() / 127.5 - 1
+    for i, deviation in zip(steps, drawing.deviation(), strict=True):
+        wanted = model.low_pass(data, i).std(0).mean()
+        scores[f"deviation_{i}"] = (deviation / wanted).item()
+    return scores
+
+
+# ==== Command line
+def one_or_list(kind):
+    """For argparse: "3" -> 3, "3,4" -> [3, 4]."""
+
     def parse(text):
-        values = [kind(v) for v in text.split(",")] if text != "paper" else [text]
-        return values[0] if alone and len(values) == 1 else values
+        values = [kind(part) for part in text.split(",")]
+        if len(values) == 1:
+            return values[0]
+        return values
+
     parse.__name__ = f"{kind.__name__} or list"
     return parse
 
-def add_settings(group, names, config=None):
-    """Adds a flag for each of the FARConfig fields `names`, without a default; its help shows the value in `config`."""
-    for f in fields(FARConfig):
-        kind = {"levels": numbers(float, alone=False), "head_steps": numbers(int), "patch_size": numbers(int)}.get(f.name, numbers(float) if f.type is object else f.type)
-        options = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices=CHOICES.get(f.name))
-        if f.name in names:
-            group.add_argument("--" + f.name.replace("_", "-"), help=f"default: {getattr(config, f.name) if config else 'as in the checkpoint'}", **options)
 
-def main(argv=None, count=False):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "far_cifar10.pt"), help="checkpoint (default: the CIFAR-10 weights in assets)")
-    p.add_argument("--export", help="write the weights alone, in half precision and with the sampling settings given here as default, to this file; draws nothing")
-    p.add_argument("--labels", help="classes, such as 0-9 or 1,5,7, or none (default: all)")
-    p.add_argument("--n", type=int, default=100, help="number of images (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="image i depends on seed, i and its label alone (default: %(default)s)")
-    p.add_argument("--batch", type=int, help="images drawn at a time (default: 250, on a CPU 1,600 tokens' worth)")
-    p.add_argument("--out", default="out/samples", help="folder of samples.png (at most 400 images) and levels.png, a row x_1 .. x_F for the first image of each class, at most ten (default: %(default)s)")
-    p.add_argument("--bench", action="store_true", help="draw with the solvers and head steps of a table: seconds, operations and, with --real, scores of each")
-    p.add_argument("--npz", help="write all images to this file: arr_0 uint8 [n, H, W, C], arr_1 int64 [n]")
-    p.add_argument("--real", help="npz file of real images [m, H, W, C] and labels, such as assets/digits.npz: print fd, precision, recall, class_acc (pixels)")
-    p.add_argument("--png", help="write every image as a PNG into this folder")
-    p.add_argument("--from", dest="image", metavar="IMAGE", help="draw variations of a picture: what it shows at --keep stays (unless --step-rule paper)")
-    p.add_argument("--keep", type=float, help="with --from: the share of the picture's bandwidth that stays, one of the model's levels")
-    p.add_argument("--stops", type=numbers(float, alone=False), help="fewer steps: draw these levels of the model alone, such as 0.25,1 (for target full and attention markov)")
-    p.add_argument("--ordering", help="file.py:function, for a model that was trained with it")
-    add_settings(p.add_argument_group("sampling, see far.FARConfig"), SAMPLING)
-    p.add_argument("--paper", action="store_true", help="--solver ddpm --head-steps paper --temperature paper, unless given")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast: a little coarser; faster on CUDA (default there) and on CPUs with bfloat16 arithmetic, slower on others")
-    args = p.parse_args(argv)
-    check(args.n >= 1 and (args.batch is None or args.batch >= 1) and args.seed >= 0, "--n and --batch must be at least 1, --seed at least 0")
+def float_list(text):
+    """For argparse: "0.25,1" -> [0.25, 1.0]."""
+    return [float(part) for part in text.split(",")]
+
+
+# How the flag of a setting is read, by the type that FARConfig gives it.
+READERS = {tuple: float_list, float | list: one_or_list(float), int | list: one_or_list(int)}
+
+
+def add_settings(group, names, text=None):
+    """Adds a flag for each of the FARConfig fields `names`, without default.
+
+    text(name): its help.
+    """
+    for f in fields(FARConfig):
+        if f.name not in names:
+            continue
+        flag = "--" + f.name.replace("_", "-")
+        if f.type is bool:
+            options = dict(action=argparse.BooleanOptionalAction)
+        else:
+            options = dict(type=READERS.get(f.type, f.type))
+        if f.name in CHOICES and f.name != "ordering":
+            options["choices"] = CHOICES[f.name]
+        if text:
+            options["help"] = text(f.name)
+        group.add_argument(flag, **options)
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--ckpt", default=WEIGHTS, help="checkpoint (default: the CIFAR-10 weights in assets)")
+    add(
+        "--labels", help="classes by number or name, such as 0-9 or cat,dog, or none (default: all)"
+    )
+    add("--n", type=int, default=100, help="number of images (default: %(default)s)")
+    add("--seed", type=int, default=0, help="image i depends on seed, i and its label alone")
+    add("--batch", type=int, help="images drawn at a time")
+    add("--out", default="out/samples", help="folder of the pictures (default: %(default)s)")
+    add("--npz", help="also write all images to this file: arr_0 uint8 [n, H, W, C], labels arr_1")
+    add("--png", help="also write all images as PNG into this folder, which holds no others")
+    add(
+        "--real", help="npz file or folder of real images: print scores, write scores.json to --out"
+    )
+    add(
+        "--export", help="write the weights in half precision to this file, with the sampling given"
+    )
+    add("--from", dest="image", metavar="IMAGE", help="draw variations of a picture")
+    add("--keep", type=float, help="with --from: the level of the picture that stays, such as 0.25")
+    add("--levels", type=float_list, help="draw these levels of the model alone, such as 0.25,1")
+    add("--ordering", help="file.py:function, for a model that was trained with it")
+    add("--paper", action="store_true", help="the paper's sampler, but for what is given below")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=default, help="default: %(default)s")
+    action = argparse.BooleanOptionalAction
+    add("--bf16", action=action, help="bfloat16: faster, a little coarser (default: on CUDA)")
+    title = "sampling, see far.FARConfig; default: as in the checkpoint"
+    add_settings(parser.add_argument_group(title), SAMPLING)
+    return parser
+
+
+def sampling_settings(args, c):
+    """The settings of FAR.sample that the flags ask for."""
+    settings = {}
+    if args.paper:
+        recipe = paper_recipe(c.image_size, c.ordering, c.levels)
+        for name in ("solver", "variance", "head_steps", "temperature"):
+            settings[name] = recipe[name]
+    for name in SAMPLING:
+        value = getattr(args, name)
+        if value is not None:
+            settings[name] = value
+    return settings
+
+
+def more_settings(args, c, latents):
+    """What else the flags ask of `draw_images`: arithmetic, levels, a picture to start from."""
+    settings = dict(bf16=args.bf16)
+    if args.bf16 is None:
+        settings["bf16"] = args.device.startswith("cuda")
+    if args.levels:
+        settings["levels"] = args.levels
+    if args.image:
+        settings.update(variation_settings(args, c, latents))
+    return settings
+
+
+def variation_settings(args, c, latents):
+    """The settings of FAR.sample for --from and --keep: the picture, and the level it shows."""
+    picture = None
+    if c.channels in (1, 3) and not latents:
+        picture = read_image(args.image, c.image_size, c.channels)
+    check(
+        picture is not None,
+        f"--from {args.image} cannot be read as a picture, or the model is one of latents",
+    )
+    keeps = [0.0, *c.levels[:-1]]
+    allowed = ", ".join(map(str, keeps))
+    check(args.keep in keeps, f"--keep {args.keep} is no level of the model; allowed: {allowed}")
+    start = torch.tensor(picture)[None], keeps.index(args.keep)
+    return dict(start=start, step_rule=args.step_rule or "locked")
+
+
+def export(model, rest, path, settings):
+    """Writes the weights alone, in half precision, with the settings as default."""
+    kept = dict(
+        config=sampling_config(model, settings).to_dict(),
+        ema=model.half().state_dict(),
+        latents=rest.get("latents"),
+        classes=rest.get("classes"),
+    )
+    write_file(path, lambda file: torch.save(kept, file))
+    print(f"wrote {path}, {os.path.getsize(path) / 1e6:.1f} MB")
+
+
+def check_args(args):
+    good = args.n >= 1 and args.seed >= 0 and (args.batch is None or args.batch >= 1)
+    check(good, "--n and --batch must be at least 1, --seed at least 0")
+    check(args.image or args.keep is None, "--keep needs --from")
+
+
+def check_outputs(args):
+    """Makes the folders: an error now, and not after the drawing."""
+    files = [os.path.join(args.out, "samples.png")]
+    if args.npz:
+        files.append(args.npz)
+    if args.png:
+        files.append(os.path.join(args.png, "000000.png"))
+    if args.export:
+        files = [args.export]
+    for file in files:
+        folder = os.path.dirname(file) or "."
+        with explained(f"{folder} is no folder to write to"):
+            os.makedirs(folder, exist_ok=True)
+        good = os.access(folder, os.W_OK) and not os.path.isdir(file)
+        good = good and file not in (args.ckpt, args.real)
+        check(good, f"{file} is a folder, is read here, or cannot be written: choose another")
+    if args.png:
+        others = [name for name in os.listdir(args.png) if name.lower().endswith(PICTURES)]
+        rule = "choose an empty one, as what counts pictures there would count those too"
+        check(not others, f"--png {args.png} holds {len(others)} pictures already: {rule}")
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    check_args(args)
     device = use_device(args.device)
     load_ordering(args.ordering or "")
     model, rest = load_checkpoint(args.ckpt, device)
-    c, latents, args.bf16 = model.config, rest.get("latents"), device.type == "cuda" if args.bf16 is None else args.bf16
-    if args.bench and not count:
-        rising = [str(round(4 + 8 * i / max(len(c.levels) - 1, 1))) for i in range(len(c.levels))]  # as many steps as with 8 a level
-        for flags in ("--solver ddpm --head-steps paper --temperature paper", *(f"--solver {s} --head-steps {n}" for s in ("ddim", "dpmpp_2m") for n in (4, 6, 8, 12, 25, ",".join(rising), ",".join(rising[::-1])))):
-            print(f"\n{flags}"), main([*(sys.argv[1:] if argv is None else argv), *flags.split()], count=True)
-        return
-    check(args.ordering in (None, c.ordering) and (args.image or args.keep is None), f"--ordering must be the model's own, {c.ordering}; --keep needs --from")
-    vae = load_vae(latents["vae"], device) if latents and not args.export else None
-    pictures = lambda x: torch.cat([vae.decode(z.to(device) / latents["scale"]).sample.cpu() for z in x.split(16)]) if vae else x  # [n, C, H, H] -> images
-    labels = parse_labels(args.labels or (f"0-{c.num_classes - 1}" if c.num_classes else "none"), args.n, c.num_classes)
-    settings = (dict(solver="ddpm", head_steps="paper", temperature="paper") if args.paper else {}) | {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    for file in [args.export] if args.export else [os.path.join(args.out, "samples.png"), os.path.join(args.out, "levels.png"), *filter(None, (args.npz, args.png and os.path.join(args.png, "0.png")))]:
-        os.makedirs(os.path.dirname(file) or ".", exist_ok=True)                # an error now, not after the sampling
-        check(os.access(os.path.dirname(file) or ".", os.W_OK) and not os.path.isdir(file) and file not in (args.ckpt, args.real), f"{file} is a folder, is read here, or cannot be written: choose another")
+    c = model.config
+    own = args.ordering in (None, c.ordering)
+    check(own, f"--ordering must be the model's own, {c.ordering}")
+    settings = sampling_settings(args, c)
+    check_outputs(args)
     if args.export:
-        write_file(args.export, lambda f: torch.save(dict(config=replace(c, **settings).to_dict(), ema=model.half().state_dict(), latents=latents), f))  # read as float32 again
-        return print(f"wrote {args.export}, {os.path.getsize(args.export) / 1e6:.1f} MB")
-    if args.image:
-        keeps, picture = (0.0, *c.levels[:-1]), read_image(args.image, c.image_size, c.channels) if c.channels in (1, 3) and not vae else None
-        check(picture is not None, f"--from {args.image} cannot be read as a picture, or the model is one of latents")
-        check(args.keep in keeps, f"--keep {args.keep} is no level of this model; allowed: {', '.join(map(str, keeps))}")
-        settings = dict(step_rule="locked") | settings | dict(known=(torch.tensor(picture)[None], keeps.index(args.keep)))
-    settings, stops = settings | dict(stops=args.stops), [keep for keep in c.levels if not args.stops or keep in args.stops]
-    with told(f"--real {args.real} must be an npz file of more than 5 uint8 images [m, H, H, C] of the model's size and m labels; it needs --labels, --n above 5 and no VAE"):
-        arrays = [x for x in np.load(args.real).values() if x.dtype.kind in "iu"] if args.real else []
-        real = sorted((torch.from_numpy(x if x.dtype == np.uint8 else x.astype(np.int64)) for x in arrays), key=torch.Tensor.dim, reverse=True)
-        check(not args.real or [x.shape[1:] for x in real] == [(c.image_size, c.image_size, c.channels), ()] and len(real[0]) == len(real[1]) > 5 and real[0].dtype == torch.uint8
-              and args.n > 5 and torch.is_tensor(labels) and not vae, f"it has {[list(x.shape) for x in arrays]}")
-    shown = np.unique(np.linspace(0, args.n - 1, min(args.n, 400)).round().astype(int))  # all, or 400 spread evenly over the classes
-    strip = range(min(args.n, 10)) if isinstance(labels, int) else np.unique(labels.numpy(), return_index=True)[1][:10]
-    grid, rows, pixels, kept, begin = [], [], [], [], time.perf_counter()
-    for start, levels in draw_images(model, labels, args.seed, args.batch, bf16=args.bf16, return_levels=True, **settings):
-        images = pictures(levels[:, -1])
-        shades = to_uint8(images).permute(0, 2, 3, 1).numpy()                   # [B, H, W, C]
-        pixels, kept = pixels + [shades] * bool(args.npz or real), kept + [levels] * bool(real)
-        for i, image in enumerate(images, start):
-            if args.png:
-                Image.fromarray(shades[i - start].squeeze()).save(os.path.join(args.png, f"{i:06d}.png"))
-            grid += [image] if i in shown else []
-            rows += [pictures(levels[i - start])] if i in strip else []
+        return export(model, rest, args.export, settings)
+    return draw(args, model, rest, settings)
+
+
+@contextlib.contextmanager
+def filled_at_once(folder):
+    """A place for files that move into the folder when all are there; None for None."""
+    if folder is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as place:
+        yield place
+        for name in os.listdir(place):
+            os.replace(os.path.join(place, name), os.path.join(folder, name))
+
+
+def draw(args, model, rest, settings):
+    """Draws and writes what the flags ask for; with --real returns the scores."""
+    c = model.config
+    classes = rest.get("classes") or []
+    labels = parse_labels(args.labels, args.n, c.num_classes, classes)
+    settings = {**settings, **more_settings(args, c, rest.get("latents"))}
+    if args.real:
+        good = torch.is_tensor(labels) and args.n > 5 and not rest.get("latents")
+        check(good, "--real needs labels, --n above 5, and a model of pixels")
+        real, truth = load_real(args.real, c, classes)
+    decode = make_decoder(rest.get("latents"), model.device)
+
+    begin = time.perf_counter()
+    with filled_at_once(args.png) as png:
+        drawing = Drawing(labels, decode, bool(args.npz or args.real), png)
+        drawn = draw_images(model, labels, args.seed, args.batch, return_levels=True, **settings)
+        for start, levels in drawn:
+            drawing.add(start, levels)
     seconds = time.perf_counter() - begin
-    written = [save_grid(torch.stack(grid), os.path.join(args.out, "samples.png"), 10 if args.n <= 100 else 20), save_grid(torch.cat(rows), os.path.join(args.out, "levels.png"), len(stops))]
-    if args.npz:                                                                # named arr_0 and arr_1
-        write_file(args.npz, lambda f: np.savez(f, np.concatenate(pixels), *([labels] if torch.is_tensor(labels) else [])))
-    print(f"{args.n} images in {seconds:.1f} s; wrote", *written, *filter(None, (args.png, args.npz)))
-    if count:                                                                   # a second time, one image
-        flops = count_flops(lambda: model.sample(labels[:1] if torch.is_tensor(labels) else 1, **settings))
-        share = args.n * flops["Global"] / seconds / matmul_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
-        print(f"{flops['Global'] / 1e6:.2f} MFLOP an image, {flops['Transformer'] / 1e6:.2f} of them in the transformer; {100 * share:.0f} % of the rate of a large matrix product")
-    if real:
-        drawn, data = torch.cat(kept), real[0].permute(0, 3, 1, 2).float() / 127.5 - 1
-        scores = score(np.concatenate(pixels), labels, *real)
-        for n, i in enumerate(map((0, *c.levels).index, stops)):                # deviation of x_i over the samples, in units of the data's
-            scores[f"deviation_{i}"] = (drawn[:, n].std(0).mean() / model.project(data, i).std(0).mean()).item()
-        print(*(f"{name} {value:.3f}" for name, value in scores.items()))
-        return scores
+    written = drawing.save(args.out)
+    if args.npz:
+        drawing.save_npz(args.npz)
+    written += [file for file in (args.png, args.npz) if file]
+    print(f"{args.n} images in {seconds:.1f} s; wrote", *written)
+    if args.real:
+        levels = args.levels or c.levels
+        steps = [i for i, keep in enumerate(c.levels, 1) if keep in levels]
+        return report(compare(drawing, real, truth, model, steps), args.out)
+
+
+def report(scores, out):
+    """Prints scores and writes them to out/scores.json."""
+    print(*(f"{name} {value:.3f}" for name, value in scores.items()))
+    text = json.dumps(scores, indent=1)
+    write_file(os.path.join(out, "scores.json"), lambda file: file.write(text.encode()))
+    return scores
+
 
 if __name__ == "__main__":
     try:

@@ -1,399 +1,1100 @@
-"""Train FAR on digits, CIFAR-10, ImageNet-64, a folder of images or VAE latents; on a CPU, a GPU, or many (`torchrun --nproc_per_node=8 train_cifar.py ..`).
+"""Train FAR on digits, CIFAR-10, ImageNet-64 or a folder of images; on a CPU, a GPU, or many.
 
-    python train_cifar.py --data digits                                   # two minutes on a laptop, writes out/digits/
-    python train_cifar.py --data cifar10 --compile                        # downloads CIFAR-10 (14 minutes on an H100, days on a CPU); or --data folder --path DIR, with DIR/train/<class>/*.jpg
+    python train_cifar.py --data digits                # two minutes on a laptop: out/digits/
+    python train_cifar.py --data cifar10 --compile     # downloads CIFAR-10
+    python train_cifar.py --data folder --path DIR     # DIR/train/<class>/*.jpg
+    python train_cifar.py --data folder --path DIR --vae NAME    # latents of a VAE
+    torchrun --nproc_per_node=8 train_cifar.py ..      # on 8 GPUs
+
+The method is in far.py; the loop below is `train`, and one step of it `Run.step`.
 """
-import argparse, contextlib, copy, csv, functools, hashlib, itertools, json, os, pickle, resource, shutil, signal, sys, tempfile, time
+
+import argparse
+import contextlib
+import copy
+import csv
+import functools
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sample
-from far import FAR, FARConfig, ORDERINGS, PRESETS, check, dct
-from sample import add_settings, count_flops, list_folder, load_checkpoint, load_ordering, load_vae, matmul_rate, read_image, seed_of, told, use_device, write_file
+from far import FAR, ORDERINGS, PRESETS, FARConfig, check, distinct_levels
+from sample import (
+    add_settings,
+    explained,
+    list_folder,
+    load_checkpoint,
+    load_ordering,
+    load_vae,
+    read_image,
+    seed_of,
+    use_device,
+    write_file,
+)
 
-DATA = {  # data set -> default preset and training settings
-    "digits": dict(preset="digits", batch=64, lr=3e-3, ema=0.999, max_minutes=2.0),
-    **dict.fromkeys(("cifar10", "folder"), dict(preset="cifar", batch=512, lr=1e-3, warmup=500, ema=0.9995, steps=75500)),
-    "imagenet64": dict(preset="imagenet64", batch=256, lr=4e-4, ema=0.9999, max_minutes=2880.0),
-    "latents": dict(preset="far_b", batch=2048, lr=8e-4, ema=0.9999, max_minutes=2880.0),
+try:  # not there on Windows
+    import fcntl
+    import resource
+except ImportError:
+    fcntl = resource = None
+
+# ==== Settings of a run; a resumed one takes them from its checkpoint
+DEFAULTS = dict(
+    data="digits",
+    path=None,
+    vae=None,
+    seed=0,
+    steps=None,
+    max_minutes=None,
+    lr_schedule="linear",
+    warmup=100,
+    weight_decay=0.02,
+    clip=1.0,
+    flip=True,
+    bf16=None,
+    threads=None,
+    grad_accum=1,
+)
+CIFAR = dict(preset="cifar", batch=512, lr=1e-3, warmup=500, ema=0.9995, steps=75500)
+LONG = dict(ema=0.9999, max_minutes=2880.0)
+DATA = {  # what differs by data set
+    "digits": dict(preset="digits", batch=64, lr=3e-3, ema=0.999, max_minutes=2.0, flip=False),
+    "cifar10": CIFAR,
+    "folder": CIFAR,
+    "imagenet64": dict(LONG, preset="imagenet64", batch=256, lr=4e-4),
 }
-SWEEPS = {  # name -> runs, each the flags of one; after a bar those of sample.py: the same model, trained once, drawn otherwise
-    "orderings": [*(f"--ordering {name}" for name in ORDERINGS), "--ordering high_to_low", "--levels 1"],
-    "targets": ["--target full", "--target next", "--target residual"],
-    "levels": ["", " | --stops 0.25,1", "--levels 0.25,1", *(f"--levels {','.join(f'{(i + 1) / F:.3g}' for i in range(F))}{stops}" for F, stops in
-               (*((F, "") for F in (1, 2, 4, 6, 8, 10)), *((10, f" | --stops {s}") for s in ("0.2,0.4,0.6,0.8,1", "0.3,0.6,1", "0.5,1", "1"))))],
-    "components": ["", "--attention causal --levels-per-image 0", "--no-head-mixing", "--mask text", "--mask reference", "--loss-weighting",
-                   " | --head-steps 16,32,48", " | --head-steps 48,32,16", " | --step-rule locked"],
-    "diversity": [f"--target {target} --patch-size 2 --head-steps 8{head}{drawn}" for target, coupled in (("full", ("--coupling 0.1", "--coupling 0.3")), ("next", ()))
-                  for head in ("", " --no-head-mixing") for drawn in ("", *(f" | {flags}" for flags in (*coupled, "--step-rule locked", "--temperature 1", "--temperature 1.1", "--guidance 2,1,1", "--guidance 1,2,2")))],
-    **dict.fromkeys(("spectral_bias", "quantisation"), "tutorial.ipynb"),       # its cells that have the name as tag
-}
-DIGITS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "digits.npz")
-KEPT = "data seed batch steps max_minutes lr lr_schedule warmup weight_decay clip ema flip bf16 grad_accum".split()  # by a resumed run, unless told otherwise
+WITH_VAE = dict(LONG, preset="far_b", batch=2048, lr=8e-4)
+KEPT = (*DEFAULTS, "batch", "lr", "ema")  # in the checkpoint
 
-# --- Data: load(path, config, skip_bad) -> images uint8 [n, C, H, H] (or the moments of latents), labels int64 [n], dict(classes=names, ..)
-def load_digits(path=None, *_):
-    """1,797 real 8 x 8 digits of the UCI optical recognition set, values 0..16 stored as 0..255."""
-    check(not path, f"--path {path} is of no use with --data digits: add --data folder, cifar10, imagenet64 or latents")
-    d = np.load(DIGITS)
-    return torch.from_numpy(d["images"]).permute(0, 3, 1, 2), torch.from_numpy(d["labels"]), dict(classes=list("0123456789"))
+DIGITS = os.path.join(sample.ROOT, "assets", "digits.npz")
 
-def load_cifar10(path, *_):
-    """The 50,000 training images through torchvision, downloaded to path (default data) if they are not there."""
-    with told(f"CIFAR-10 cannot be loaded from {path or 'data'} or downloaded; offline: --data digits, or --data folder --path DIR"):
-        data = torchvision.datasets.CIFAR10(path or "data", download=True)
-    return torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets), dict(classes=data.classes)
 
-def digest(files, *more):
-    """Changes when the names, sizes or times of the files do, or anything else given."""
-    return hashlib.sha256(json.dumps([[(os.path.abspath(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files], more]).encode()).hexdigest()[:12]
+# ==== Data sets
+class Data(NamedTuple):
+    """Images, in memory or mapped from disk, their labels, and the names of the classes."""
 
-def new_map(file, kind, shape):
-    check((need := np.prod(shape, dtype=float) * np.dtype(kind).itemsize) < shutil.disk_usage(os.path.dirname(file) or ".").free, f"{file} needs {need / 1e9:.1f} GB, more than is free on the disk")
-    return np.lib.format.open_memmap(file, "w+", kind, shape)
+    # uint8 [n, C, H, H]. Of latents mean and log variance, for the image and its mirror image:
+    # float16 [n, 2, 2 C, H, H].
+    images: torch.Tensor
+    labels: torch.Tensor  # int64 [n]
+    classes: list
+    latents: dict = None  # of latents: the name of the VAE, and a scale
 
-def leave_out(bad, files, skip_bad):                                            # those of the files that cannot be read: not all, and only if skip_bad
-    check(not bad or skip_bad and len(bad) < len(files), f"{len(bad)} images cannot be read, first {', '.join(bad[:3])}: repair or remove them" + ", or add --skip-bad" * (not skip_bad))
-    print(*(f"skipped {file}, which cannot be read\n" for file in bad), sep="", end="")
 
-def memory_map(path, key, shape, chunks):
-    """data/<name>-<size>-<place>/images.npy, uint8 [n, C, H, H], and labels-<key>.npy, int64 [n], of `chunks`: pairs of images [m, C, H, H] and m labels; built anew for another key."""
-    folder = Path("data", f"{os.path.basename(os.path.abspath(path))}-{'x'.join(map(str, shape[1:]))}-{digest([], os.path.abspath(path))}")
-    finished = folder / f"labels-{key}.npy"
-    if not finished.exists():
-        folder.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as part:            # its own: another run may do the same
-            new = Path(part, folder.name)                                       # with the usual permissions, which `part` has not
-            new.mkdir()
-            array, labels = new_map(new / "images.npy", np.uint8, shape), []
-            for images, more in chunks:
-                array[len(labels):len(labels) + len(more)] = images
-                labels += more
-            array.flush(), np.save(new / finished.name, labels)
-            if not finished.exists():
-                shutil.rmtree(folder, ignore_errors=True), new.rename(folder)
-    labels = torch.from_numpy(np.load(finished))
-    return torch.from_numpy(np.load(folder / "images.npy", mmap_mode="c")[:len(labels)]), labels
+def load_data(args, config):
+    """The data set of --data. Several processes: the first builds what the others map."""
+    if args.vae:  # all processes share the work
+        return load_latents(args.path, args.vae, config, args.device, args.skip_bad)
+    rank, _ = processes()
+    if rank > 0:
+        wait_for_all()
+    if args.data == "digits":
+        data = load_digits()
+    elif args.data == "cifar10":
+        data = load_cifar10(args.path or "data")
+    elif args.data == "imagenet64" and not os.path.isdir(os.path.join(args.path, "train")):
+        data = load_imagenet64(args.path)
+    else:
+        data = load_folder(args.path, config, args.skip_bad)
+    if rank == 0:
+        wait_for_all()
+    return data
+
+
+def load_digits():
+    """1,797 real 8 x 8 digits of the UCI optical recognition set; values 0..16 become 0..255."""
+    file = np.load(DIGITS)
+    images = torch.from_numpy(file["images"]).permute(0, 3, 1, 2)
+    return Data(images, torch.from_numpy(file["labels"]), list("0123456789"))
+
+
+def load_cifar10(path):
+    """The 50,000 training images through torchvision, downloaded to path if they are not there."""
+    offline = "offline: --data digits, or --data folder --path DIR"
+    with explained(f"CIFAR-10 cannot be loaded from {path} or downloaded; {offline}"):
+        data = torchvision.datasets.CIFAR10(path, download=True)
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
+    return Data(images, torch.tensor(data.targets), data.classes)
+
 
 def load_folder(path, config, skip_bad=False):
-    """Images path/train/<class>/*, decoded once in parallel."""
-    check(config.channels in (1, 3), f"--channels is {config.channels}; images have 1 (grey) or 3 (colour)")
-    data = list_folder(path, "--path")
-    files, read = [file for file, _ in data.samples], functools.partial(read_image, size=config.image_size, channels=config.channels)
+    """Images path/train/<class>/*, decoded once, in parallel, into a map under data/."""
+    C, H = config.channels, config.image_size
+    check(C in (1, 3), f"--channels is {C}; images have 1 (grey) or 3 (colour)")
+    files, labels, classes = list_folder(os.path.join(path, "train"))
+    read = functools.partial(read_image, size=H, channels=C)
+
     def chunks():
         bad = []
         with ThreadPoolExecutor() as pool:
-            for file, label, image in tqdm(zip(files, data.targets, pool.map(read, files)), total=len(files), desc="read images", unit="image"):
-                bad += [file] if image is None else []
-                if image is not None:
+            images = pool.map(read, files)
+            bar = tqdm(images, total=len(files), desc="read images", unit="image")
+            for file, label, image in zip(files, labels, bar, strict=True):
+                if image is None:
+                    bad.append(file)
+                else:
                     yield image[None], [label]
         leave_out(bad, files, skip_bad)
-    return *memory_map(path, digest(files, skip_bad), (len(files), config.channels, config.image_size, config.image_size), chunks()), dict(classes=data.classes)
+
+    folder = map_folder(path, f"{C}x{H}")
+    key = digest(files, skip_bad)
+    images, labels = build_map(folder, key, (len(files), C, H, H), chunks())
+    return Data(images, labels, classes)
+
+
+# What a pickle of arrays may ask for; the core of numpy has another name since version 2.
+IN_ARRAYS = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "scalar"),
+    ("_codecs", "encode"),
+}
+
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads pickled dicts, lists, numbers, strings and numpy arrays, and refuses everything else: a pickle can hold any program."""
+    """Reads dicts, lists, numbers, strings and arrays alone: a pickle can hold any program."""
+
     def find_class(self, module, name):
-        arrays = {(f"numpy.{core}.multiarray", part) for core in ("core", "_core") for part in ("_reconstruct", "scalar")}
-        check((module, name) in arrays | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}, f"it asks for {module}.{name}")
+        check((module, name) in IN_ARRAYS, f"it asks for {module}.{name}")
         return super().find_class(module, name)
 
-def load_imagenet64(path, config, skip_bad=False):
-    """The official down-sampled ImageNet: path/train_data_batch_1 .. 10, pickled dicts with data uint8 [n, 12288] and labels 1..1000; or folders."""
-    if os.path.isdir(os.path.join(path or "", "train")):
-        return load_folder(path, config, skip_bad)
-    files = [os.path.join(path or "", f"train_data_batch_{k}") for k in range(1, 11)]
-    check(all(map(os.path.isfile, files)), f"--path {path} must hold train_data_batch_1 .. train_data_batch_10, or train/<class>/*.png")
+
+def load_imagenet64(path):
+    """The official down-sampled ImageNet: train_data_batch_1 .. 10, in a map under data/.
+
+    They are pickled dicts: data uint8 [n, 12288], labels 1 .. 1000.
+    """
+    files = [os.path.join(path, f"train_data_batch_{k}") for k in range(1, 11)]
+    there = all(os.path.isfile(file) for file in files)
+    wanted = "train_data_batch_1 .. train_data_batch_10, or train/<class>/*.png"
+    check(there, f"--path {path} must hold {wanted}")
+
     def chunks():
         for file in tqdm(files, desc="read batches"):
-            with told(f"{file} is no batch of down-sampled ImageNet"), open(file, "rb") as f:
-                batch = ArrayUnpickler(f).load()
-                labels = [int(label) - 1 for label in batch["labels"]]
-                check(batch["data"].dtype == np.uint8 and batch["data"].shape == (len(labels), 12288) and {*labels} <= {*range(1000)}, "data is not uint8 [n, 12288] or labels lie outside 1 .. 1000")
-            yield batch["data"].reshape(-1, 3, 64, 64), labels
-    most = sum(map(os.path.getsize, files)) // 12288                            # a little more than there are images
-    return *memory_map(path, digest(files), (most, 3, 64, 64), chunks()), dict(classes=[str(k) for k in range(1, 1001)])
+            yield read_batch(file)
 
-def cache_latents(root, name, out, size, device, skip_bad=False, batch=32):
-    """Runs a diffusers AutoencoderKL once over root/train/<class>/* and the mirror images: out/moments.npy float16 [n, 2, 2c, h, w] (mean and log variance), labels.npy, and
-    latents.json, written last. Shared out over the processes of torchrun; a restart does what is missing. Images that cannot be read: others take their places, if skip_bad."""
-    data, vae, (rank, world) = list_folder(root, "--cache-latents"), load_vae(name, device), (dist.get_rank(), dist.get_world_size())
-    files, labels = [file for file, _ in data.samples], np.array(data.targets)
-    encode = torch.no_grad()(lambda x: vae.encode(x).latent_dist.parameters)
-    key, shape = digest(files, name, size), (len(files), 2, *encode(torch.zeros(1, 3, size, size, device=device)).shape[1:])
-    moments, finished = os.path.join(out, "moments.npy"), os.path.join(out, f"finished-{key}.npy")
+    # A little more than there are images.
+    most = sum(os.path.getsize(file) for file in files) // 12288
+    folder = map_folder(path, "3x64")
+    images, labels = build_map(folder, digest(files), (most, 3, 64, 64), chunks())
+    return Data(images, labels, [str(k) for k in range(1000)])
+
+
+def read_batch(file):
+    """A batch of down-sampled ImageNet -> (images uint8 [n, 3, 64, 64], list of n labels)."""
+    with explained(f"{file} is no batch of down-sampled ImageNet"), open(file, "rb") as f:
+        batch = ArrayUnpickler(f).load()
+        images = batch["data"]
+        labels = [int(label) - 1 for label in batch["labels"]]
+        good = images.dtype == np.uint8 and images.shape == (len(labels), 12288)
+        check(good, "its data are not uint8 [n, 12288]")
+        check(set(labels) <= set(range(1000)), "its labels lie outside 1 .. 1000")
+    return images.reshape(-1, 3, 64, 64), labels
+
+
+# ==== Maps on disk
+def digest(files, *more):
+    """Changes when the names, sizes or times of the files do, or anything else given."""
+    stats = []
+    for file in files:
+        stat = os.stat(file)
+        stats.append((os.path.abspath(file), stat.st_size, stat.st_mtime_ns))
+    return hashlib.sha256(json.dumps([stats, more]).encode()).hexdigest()[:12]
+
+
+def map_folder(path, what):
+    """The folder under data/ that is for what is made of path."""
+    place = os.path.abspath(path)
+    return Path("data", f"{os.path.basename(place)}-{what}-{digest([], place)}")
+
+
+def new_map(file, kind, shape):
+    """A new .npy file, mapped for writing, if there is room for it on the disk."""
+    need = np.prod(shape, dtype=float) * np.dtype(kind).itemsize
+    room = shutil.disk_usage(os.path.dirname(file)).free
+    check(need < room, f"{file} needs {need / 1e9:.1f} GB, more than is free on the disk")
+    return np.lib.format.open_memmap(file, "w+", kind, shape)
+
+
+def leave_out(bad, files, skip_bad):
+    """Files that cannot be read are an error, or with skip_bad named, unless they are all."""
+    advice = "repair or remove them"
+    if not skip_bad:
+        advice += ", or add --skip-bad"
+    first = ", ".join(bad[:3])
+    good = not bad or (skip_bad and len(bad) < len(files))
+    check(good, f"{len(bad)} images cannot be read, first {first}: {advice}")
+    for file in bad:
+        print(f"skipped {file}, which cannot be read")
+
+
+def build_map(folder, key, shape, chunks):
+    """folder/images.npy uint8 [n, C, H, H] and labels-<key>.npy, mapped: (images, labels).
+
+    chunks: pairs of images [m, C, H, H] and m labels, of at most shape[0] images together. They are
+    read where the key is another one than before; nothing is there before all is.
+    """
+    finished = folder / f"labels-{key}.npy"
+    if not finished.exists():
+        folder.parent.mkdir(exist_ok=True)
+        # A place of its own: another run may do the same.
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            new = Path(place, folder.name)  # with the usual permissions, which `place` has not
+            new.mkdir()
+            array = new_map(new / "images.npy", np.uint8, shape)
+            labels = []
+            for images, more in chunks:
+                array[len(labels) : len(labels) + len(more)] = images
+                labels += more
+            array.flush()
+            np.save(new / finished.name, labels)
+            if not finished.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                new.rename(folder)
+    labels = torch.from_numpy(np.load(finished))
+    images = np.load(folder / "images.npy", mmap_mode="c")  # never written to
+    return torch.from_numpy(images[: len(labels)]), labels
+
+
+# ==== Latents of a VAE
+def load_latents(path, name, config, device, skip_bad=False):
+    """Latents of path/train/<class>/* and of the mirror images, encoded once, by all processes.
+
+    name: a diffusers AutoencoderKL. The images are cropped and resized so that their latents have
+    the side config.image_size. A map under data/ keeps mean and log variance, and which are done: a
+    restart does what is missing.
+    """
+    files, labels, classes = list_folder(os.path.join(path, "train"))
+    labels = np.array(labels)
+    vae = load_vae(name, device)
+    few = encode(vae, torch.zeros(1, 3, 64, 64, device=device))
+    size = config.image_size * 64 // few.shape[-1]  # of the images, in pixels
+    shape = encode(vae, torch.zeros(1, 3, size, size, device=device)).shape[1:]
+    folder = map_folder(path, f"latents-{digest([], name)}-{size}")
+    array, done = open_latents(folder, digest(files), (len(files), 2, *shape))
+    encode_missing(vae, files, size, device, array, done)
+    wait_for_all()
+
+    good, bad = np.flatnonzero(done), np.flatnonzero(done == 0)
+    rank, _ = processes()
     if rank == 0:
-        os.makedirs(out, exist_ok=True), Path(out, "latents.json").unlink(missing_ok=True)  # not whole until the end
-        if not os.path.exists(finished):
-            for old in (*Path(out).glob("moments.npy"), *Path(out).glob("finished-*.npy")):
-                old.unlink()
-            new_map(moments, np.float16, shape), new_map(finished, np.uint8, shape[:1])
-    dist.barrier()
-    array, done = np.load(moments, mmap_mode="r+"), np.load(finished, mmap_mode="r+")
+        leave_out([files[i] for i in bad], files, skip_bad)
+    # The last images move to the places of those that cannot be read.
+    holes, last = bad[bad < len(good)], good[good >= len(good)]
+    labels[holes] = labels[last]
+    if rank == 0 and len(holes):
+        array[holes] = array[last]
+        array.flush()
+    wait_for_all()
+    array = array[: len(good)]
+    latents = dict(vae=name, scale=latent_scale(array))
+    return Data(torch.from_numpy(array), torch.from_numpy(labels[: len(good)]), classes, latents)
+
+
+@torch.no_grad()
+def encode(vae, x):
+    """Images [n, 3, H, H] -> mean and log variance of their latents, [n, 2 c, h, h]."""
+    return vae.encode(x).latent_dist.parameters
+
+
+def open_latents(folder, key, shape):
+    """Maps moments.npy, float16 of that shape, and finished-<key>.npy, uint8 [n].
+
+    They are new for a new key.
+    """
+    moments, finished = folder / "moments.npy", folder / f"finished-{key}.npy"
+    rank, _ = processes()
+    if rank == 0 and not finished.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*.npy"):
+            old.unlink()
+        new_map(moments, np.float16, shape)
+        new_map(finished, np.uint8, shape[:1])
+    wait_for_all()
+    return np.load(moments, mmap_mode="r+"), np.load(finished, mmap_mode="r+")
+
+
+def encode_missing(vae, files, size, device, array, done, batch=32):
+    """Encodes this process's share of the files that are not done yet."""
+    rank, world = processes()  # of four processes, the third encodes 2, 6, 10, ..
     missing = np.flatnonzero(done[rank::world] == 0) * world + rank
+    black = np.zeros((3, size, size), np.uint8)
+    starts = range(0, len(missing), batch)
     with ThreadPoolExecutor() as pool:
-        for start in tqdm(range(0, len(missing), batch), desc="encode", unit="batch", disable=rank > 0):
-            part = missing[start:start + batch]
+        for start in tqdm(starts, desc="encode", unit="batch", disable=rank > 0):
+            part = missing[start : start + batch]
             images = list(pool.map(lambda i: read_image(files[i], size), part))
-            x = torch.from_numpy(np.stack([np.zeros((3, size, size), np.uint8) if image is None else image for image in images])).to(device) / 127.5 - 1
-            array[part] = torch.stack([encode(x), encode(x.flip(3))], 1).half().cpu().numpy()
+            whole = [black if image is None else image for image in images]
+            x = torch.from_numpy(np.stack(whole)).to(device) / 127.5 - 1
+            moments = torch.stack([encode(vae, x), encode(vae, x.flip(3))], 1)
+            array[part] = moments.half().cpu().numpy()
             array.flush()
             done[part] = [image is not None for image in images]
-    dist.barrier()
-    if rank == 0:
-        bad = np.flatnonzero(done == 0)
-        leave_out([files[i] for i in bad], files, skip_bad)
-        array[bad], labels[bad] = (a[np.resize(np.flatnonzero(done), len(bad))] for a in (array, labels))
-        mean, log_variance = np.split(array[::max(1, len(files) // 5000)].astype(np.float64), 2, axis=2)
-        scale = float((mean.var() + np.exp(log_variance.clip(-30, 20)).mean()) ** -0.5)  # gives latents variance 1
-        np.save(os.path.join(out, "labels.npy"), labels)
-        Path(out, "latents.json").write_text(json.dumps(dict(vae=name, scale=scale, classes=data.classes)))
-        print(f"wrote {out}: {len(files) - len(bad)} images and their mirror images, moments {list(shape[2:])}, scale {scale:.4f}")
+            done.flush()
 
-def load_latents(path, *_):
-    with told(f"--path {path}: there is no whole latents.json; make it with --cache-latents IMAGES --vae NAME --path {path}"):
-        info = json.loads(Path(path or "", "latents.json").read_text())
-        check({"scale", "vae", "classes"} <= set(info), "it lacks scale, vae or classes")
-    load_vae(info["vae"])                                                       # an error now, not after the training
-    return torch.from_numpy(np.load(os.path.join(path, "moments.npy"), mmap_mode="c")), torch.from_numpy(np.load(os.path.join(path, "labels.npy"))), info
 
-def make_batch(images, index, device, flip, scale=None):
-    """Images of index [B] on device; `flip` mirrors half of them; latents (scale given) are drawn from their posterior."""
-    x = images[index.to(images.device, non_blocking=True)]
-    x = (x.pin_memory() if device.type == "cuda" and not x.is_cuda else x).to(device, non_blocking=True)
-    mirror = torch.rand(len(x), 1, 1, 1, device=device) < (0.5 if flip else 0.0)
-    if scale is None:
+def latent_scale(array):
+    """The factor that gives latents variance 1, from at most 5,000 images."""
+    few = array[:: max(1, len(array) // 5000)].astype(np.float64)
+    mean, log_variance = np.split(few, 2, axis=2)
+    variance = mean.var() + np.exp(log_variance.clip(-30, 20)).mean()
+    return float(variance**-0.5)
+
+
+# ==== Batches
+def make_batch(data, index, device, flip):
+    """Images of index [B] on the device, half of them mirrored if flip; latents are drawn anew."""
+    x = data.images[index]
+    if device.type == "cuda" and not x.is_cuda:
+        x = x.pin_memory()
+    x = x.to(device, non_blocking=True)
+    share = 0.5 if flip else 0.0
+    mirror = torch.rand(len(x), 1, 1, 1, device=device) < share
+    if not data.latents:
         return torch.where(mirror, x.flip(3), x)
     mean, log_variance = torch.where(mirror, x[:, 1], x[:, 0]).float().chunk(2, 1)
-    return scale * (mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * torch.randn_like(mean))
+    deviation = torch.exp(0.5 * log_variance.clamp(-30, 20))
+    return data.latents["scale"] * (mean + deviation * torch.randn_like(mean))
+
 
 @functools.lru_cache(1)
-def epoch_order(n, epoch, seed):
-    """The order [n] of an epoch: a fresh permutation that depends on epoch and seed alone."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
+def epoch_order(n, epoch, seed, device="cpu"):
+    """The order [n] of an epoch: a permutation that depends on epoch and seed alone."""
+    generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+    return torch.randperm(n, generator=generator).to(device)
 
-# --- Training --------------------------------------------------------------------------------------------------------
+
+# ==== Processes and speed
+def processes():
+    """(the rank of this process, the number of processes)."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def join_processes(device):
+    """Meets the other processes of torchrun, if there are any."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    backend = "gloo"
+    if device.type == "cuda":  # clock and losses, which all agree on, lie on the CPU
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(hours=12))
+
+
+def count_flops(function):
+    """Floating-point operations of a call, by module and "Global", two for each multiply-add."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function()
+    return {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+
+
+def calls_per_second(function, device, seconds=0.2):
+    function()  # warms up
+    wait = torch.get_device_module(device).synchronize
+    wait()
+    calls, begin = 0, time.perf_counter()
+    while calls < 2 or time.perf_counter() - begin < seconds:
+        function()
+        wait()
+        calls += 1
+    return calls / (time.perf_counter() - begin)
+
+
+@functools.cache
+def matmul_rate(device, dtype):
+    """Floating-point operations per second of a large matrix product: the machine's peak."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 * calls_per_second(functools.partial(torch.mm, a, a), device)
+
+
+def bf16_pays(args):
+    """On CUDA, and on a CPU that multiplies twice as fast in bfloat16, but for digits."""
+    if args.device.type == "cuda":
+        return True
+    if args.device.type != "cpu" or args.data == "digits":
+        return False
+    fast = matmul_rate(args.device, torch.bfloat16)
+    return fast > 2 * matmul_rate(args.device, torch.float32)
+
+
+def choose_threads(function):
+    """The number of threads for calls of a function: all, or on a busy machine fewer.
+
+    Half as many are taken where they are faster by a third, which on an idle machine they are not.
+    """
+    threads = torch.get_num_threads()
+    best = threads
+    rates = {}
+    while threads >= 1:
+        torch.set_num_threads(threads)
+        function()
+        times = []
+        while len(times) < 5 or sum(times) < 0.5:
+            begin = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - begin)
+        rates[threads] = 1 / float(np.median(times))
+        if rates[threads] > 4 / 3 * rates[best]:
+            best = threads
+        threads //= 2
+    return best
+
+
+def peak_memory(device):
+    """Bytes, or None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# ==== Training
 def make_optimizer(model, lr, weight_decay):
-    """AdamW (0.9, 0.95); weight decay on the weights of linear layers only: none on biases, norms and embeddings."""
-    decayed = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
-    groups = [[p for p in model.parameters() if (id(p) in decayed) == chosen] for chosen in (True, False)]
-    return torch.optim.AdamW([dict(params=groups[0], weight_decay=weight_decay), dict(params=groups[1], weight_decay=0.0)], lr=lr, betas=(0.9, 0.95), fused=True)
+    """AdamW; weight decay on the weights of linear layers: none on biases, norms, embeddings."""
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    decayed = [p for p in model.parameters() if id(p) in linear]
+    spared = [p for p in model.parameters() if id(p) not in linear]
+    groups = [
+        dict(params=decayed, weight_decay=weight_decay),
+        dict(params=spared, weight_decay=0.0),
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
-def train(args, config, images, labels, info):
-    """Trains until --steps or --max-minutes; rank 0 keeps args.out/ckpt.pt and log.csv."""
-    device, ckpt, rank, world = args.device, os.path.join(args.out, "ckpt.pt"), dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(args.seed)                                                # the same first weights on every rank
-    model = FAR(config).to(device)
-    model.set_scales(make_batch(images, torch.linspace(0, len(images) - 1, min(2000, len(images))).long(), device, False, info.get("scale")))
-    ema, optimizer = copy.deepcopy(model).eval().requires_grad_(False), make_optimizer(model, args.lr, args.weight_decay)
-    state = dict(step=0, seconds=0.0, log=[], latents={name: info[name] for name in ("vae", "scale") if name in info})
-    if args.resume:
-        ema, state = load_checkpoint(ckpt, device)
-        model.load_state_dict(state.pop("model")), optimizer.load_state_dict(state.pop("optimizer"))
-        optimizer.param_groups[0]["weight_decay"] = args.weight_decay
-    state["settings"] = {name: getattr(args, name) for name in KEPT}
-    few = make_batch(images, torch.zeros(len(config.levels)).long(), device, False, info.get("scale")), labels[:1].expand(len(config.levels)).to(device) if config.num_classes else None
-    share = 3 * count_flops(torch.no_grad()(lambda: model(*few)))["Global"] / len(config.levels) / world / matmul_rate(device, torch.bfloat16 if args.bf16 else torch.float32)
-    if args.checkpoint_activations:
-        for block in itertools.chain(model.transformer.blocks, *model.head.blocks.values()):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    torch.backends.cuda.enable_flash_sdp(device.type == "cuda" or not args.bf16)  # on a CPU its backward pass in bfloat16 is slow
-    network = torch.compile(model, mode=None if args.grad_accum > 1 else "reduce-overhead") if args.compile else model  # CUDA graphs, whose gradients the next part would overwrite
-    network = torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False) if world > 1 else network
-    if device.type == "cuda" and images.nbytes < 0.4 * torch.cuda.mem_get_info(device)[0]:
-        images, labels = images.to(device), labels.to(device)
-    steps, limit = args.steps or float("inf"), 60 * args.max_minutes if args.max_minutes else float("inf")
-    if args.overwrite and rank == 0:
-        Path(ckpt).unlink(missing_ok=True)
-    writer = csv.writer(log := open(os.path.join(args.out, "log.csv") if rank == 0 else os.devnull, "w", buffering=1, newline=""))
-    writer.writerows([["step", "seconds", "images_per_second", "loss", *(f"level_{i + 1}" for i in range(len(config.levels)))], *state["log"]])
-    bar = tqdm(total=args.steps or round(limit), unit="step" if args.steps else "s", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} {unit}, {remaining} left{postfix}", disable=rank > 0)
-    interrupted, done, total, first_bad = [], False, torch.zeros((), device=device), torch.full((), torch.inf, device=device)
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, signal.default_int_handler)))  # Ctrl-C: finish the step, save, stop
-    start, logged, saved = time.perf_counter() - state["seconds"], (state["step"], state["seconds"]), state["seconds"]
-    while not done:
-        torch.manual_seed(seed_of(args.seed, rank, state["step"]))              # a resumed run draws what it would have drawn
-        progress = max(state["step"] / steps, state["seconds"] / limit)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (state["step"] + 1) / args.warmup) * (1 - progress if args.lr_schedule == "linear" else 1)
-        epoch, k = divmod(state["step"], len(images) // args.batch)
-        parts = epoch_order(len(images), epoch, args.seed)[k * args.batch:(k + 1) * args.batch].view(args.grad_accum, world, -1)[:, rank]
-        optimizer.zero_grad(set_to_none=True)
+
+class Run:
+    """A training run: the model, its average, the optimizer, and how far they have come."""
+
+    def __init__(self, args, config, data):
+        self.args, self.config, self.data = args, config, data
+        self.device = args.device
+        self.rank, self.world = processes()
+        torch.manual_seed(args.seed)  # the same first weights in every process
+        self.model = FAR(config).to(self.device)
+        self.model.set_units(self.few_images(2000)[0])
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizer = make_optimizer(self.model, args.lr, args.weight_decay)
+        self.state = dict(step=0, seconds=0.0, log=[], classes=data.classes, latents=data.latents)
+        if args.resume:
+            self.restore()
+        self.set_threads()
+        self.peak_share = self.share_of_peak()
+        self.state["settings"] = {name: getattr(args, name) for name in KEPT}
+        self.to_device()
+        self.network = self.wrap()
+
+        self.max_steps = args.steps or float("inf")
+        self.max_seconds = 60 * (args.max_minutes or float("inf"))
+        # Summed and compared on the device: no step waits for it.
+        self.total = torch.zeros((), device=self.device)
+        self.first_bad = torch.full((), torch.inf, device=self.device)
+        self.logged_step = self.state["step"]
+        self.logged_seconds = self.saved_seconds = self.state["seconds"]
+        self.start = time.perf_counter() - self.state["seconds"]
+        self.done = False
+
+    # ---- Before the first step ----
+
+    def restore(self):
+        self.ema, state = load_checkpoint(self.args.ckpt, self.device)
+        self.model.load_state_dict(state.pop("model"))
+        self.optimizer.load_state_dict(state.pop("optimizer"))
+        self.optimizer.param_groups[0]["weight_decay"] = self.args.weight_decay
+        same = state["classes"] == self.data.classes
+        check(same, f"the classes of the data are not those of the run in {self.args.out}")
+        self.data = self.data._replace(latents=state["latents"])
+        self.state = state
+
+    def few_images(self, most):
+        """At most so many images, spread over the data set, and their labels, on the device."""
+        n = len(self.data.images)
+        index = torch.linspace(0, n - 1, min(most, n)).long()
+        return self.batch(index, flip=False)
+
+    def set_threads(self):
+        """On a CPU as many as are fastest, unless they are given."""
+        if self.device.type != "cpu":
+            return
+        most = torch.get_num_threads()
+        if self.args.threads is None and "OMP_NUM_THREADS" not in os.environ:
+            few = self.few_images(min(64, self.args.batch))
+            with torch.no_grad():
+                self.args.threads = choose_threads(functools.partial(self.model, *few))
+            if self.args.threads < most:
+                print(f"{self.args.threads} of {most} threads, as more are slower here")
+        torch.set_num_threads(min(self.args.threads or most, most))
+
+    def share_of_peak(self):
+        """The share of the machine's peak that one image per second is: to judge the speed by."""
+        # With markov attention each image trains some of the levels: as many images as levels.
+        count = 1 if self.model.transformer.causal else self.model.F
+        few = self.few_images(count)
+        with torch.no_grad():
+            forward = count_flops(functools.partial(self.model, *few))["Global"] / len(few[0])
+        # The backward pass takes twice the operations.
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+        return 3 * forward / matmul_rate(self.device, dtype) / self.world
+
+    def to_device(self):
+        """Moves the data to a GPU with room for them."""
+        if self.device.type != "cuda":
+            return
+        free, _ = torch.cuda.mem_get_info(self.device)
+        if self.data.images.nbytes < 0.4 * free:
+            images, labels = self.data.images.to(self.device), self.data.labels.to(self.device)
+            self.data = self.data._replace(images=images, labels=labels)
+
+    def wrap(self):
+        """The model as the steps call it: with checkpointing, compiled, in several processes."""
+        args, network = self.args, self.model
+        if args.checkpoint_activations:
+            for block in [*self.model.transformer.blocks, *self.model.head.blocks]:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if args.compile:
+            # CUDA graphs, unless gradients add up over parts: the next part would overwrite them.
+            mode = "reduce-overhead" if args.grad_accum == 1 else None
+            network = torch.compile(network, mode=mode)
+        if self.world > 1:
+            parallel = torch.nn.parallel.DistributedDataParallel
+            with warnings.catch_warnings():  # the new name of the option is not in torch 2.4
+                warnings.simplefilter("ignore", FutureWarning)
+                network = parallel(network, broadcast_buffers=False)
+        return network
+
+    # ---- A step ----
+
+    def learning_rate(self):
+        """Rises over the first steps and falls to 0 at the end, by steps or by the clock."""
+        step, seconds = self.state["step"], self.state["seconds"]
+        rate = self.args.lr * min(1.0, (step + 1) / self.args.warmup)
+        if self.args.lr_schedule == "linear":
+            rate *= 1 - max(step / self.max_steps, seconds / self.max_seconds)
+        return rate
+
+    def next_indices(self):
+        """The images of this step and process, [parts, B]."""
+        args = self.args
+        n = len(self.data.images)
+        epoch, k = divmod(self.state["step"], n // args.batch)
+        order = epoch_order(n, epoch, args.seed, self.data.labels.device)
+        index = order[k * args.batch : (k + 1) * args.batch]
+        return index.view(args.grad_accum, self.world, -1)[:, self.rank]
+
+    def batch(self, index, flip):
+        x = make_batch(self.data, index, self.device, flip)
+        if self.config.num_classes == 0:
+            return x, None
+        return x, self.data.labels[index].to(self.device, non_blocking=True)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
+
+    def step(self):
+        """One step of the optimizer."""
+        args = self.args
+        # A resumed run draws what it would have drawn without the stop.
+        torch.manual_seed(seed_of(args.seed, self.rank, self.state["step"]))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = self.next_indices()
         for n, index in enumerate(parts, 1):
-            x = make_batch(images, index, device, args.flip, info.get("scale"))
-            y = labels[index.to(labels.device, non_blocking=True)].to(device, non_blocking=True) if config.num_classes else None
-            network.require_backward_grad_sync = n == len(parts)                # DDP averages gradients once a step
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                loss = network(x, y) / len(parts)
+            x, y = self.batch(index, args.flip)
+            # Several processes average their gradients once per step.
+            self.network.require_backward_grad_sync = n == len(parts)
+            with self.autocast():
+                loss = self.network(x, y) / len(parts)
             loss.backward()
-            total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        state["step"] += 1
-        first_bad = torch.where((norm + total).isfinite(), first_bad, first_bad.clamp(max=state["step"]))
-        optimizer.found_inf = first_bad.isfinite().float()                      # the fused step leaves the weights alone from there on
-        optimizer.step()
-        ema.average(model, min(args.ema, (1 + state["step"]) / (10 + state["step"])))
-        clock = torch.tensor([time.perf_counter() - start, len(interrupted)], dtype=torch.float64)
-        dist.broadcast(clock, 0)                                                # all ranks stop at the same step
-        state["seconds"], stop = clock.tolist()
-        done = state["step"] >= steps or state["seconds"] >= limit or stop > 0
-        bar.update((state["step"] if args.steps else round(state["seconds"])) - bar.n)
-        if done or state["step"] % args.log_every == 0:
-            mean, count = total.cpu(), state["step"] - logged[0]
-            dist.all_reduce(mean)
-            mean, rate = mean.item() / world / count, count * args.batch / (state["seconds"] - logged[1])
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                good = bool(np.isfinite(mean) and first_bad == torch.inf)
-                by_level = (ema if good else model).level_losses(x[:128], None if y is None else y[:128]).tolist()
-            bad = [i + 1 for i, value in enumerate(by_level) if not np.isfinite(value)]
-            check(good and not bad, f"the loss or its gradient is not finite since step {min(first_bad.item(), state['step']):.0f}, levels {bad or 'unknown'}: lower --lr" + f"; {ckpt} holds the last good state, for --resume" * os.path.exists(ckpt))
-            state["log"].append([state["step"], round(state["seconds"], 1), round(rate, 1), round(mean, 5), *(round(value, 5) for value in by_level)])
-            writer.writerow(state["log"][-1])
-            bar.set_postfix_str(f"step {state['step']}, loss {mean:.4f}, {rate:.0f} images/s, {100 * rate * share:.0f} % of peak", refresh=False)
-            total.zero_()
-            if rank == 0 and (done or state["seconds"] - saved > 60 * args.save_minutes):
-                kept = dict(state, config=config.to_dict(), model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
-                write_file(ckpt, lambda f: torch.save(kept, f))                 # whole or not there, and its loss finite
-                saved = state["seconds"]
-            logged = state["step"], time.perf_counter() - start                 # the rate leaves out what logging takes
-    bar.close(), log.close()
-    if interrupted:
-        sys.exit(f"stopped at step {state['step']}, saved in {ckpt}; --resume goes on from there")
-    if rank == 0:
-        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(f"wrote {ckpt} and {log.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {rate:.3g} images/s, peak memory {memory / 2 ** 30:.2f} GiB")
+            self.total += loss.detach()
+        self.last_batch = x, y
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
 
-# --- Command line ----------------------------------------------------------------------------------------------------
-def sweep(name, argv, device):
-    """Does the runs of SWEEPS[name], each with seeds 0, 1, 2, and compares their samples with the digits: see --sweep."""
-    if SWEEPS[name] == "tutorial.ipynb":
-        cells = json.loads(Path(__file__).with_name("tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
-        return exec("\n".join("".join(cell["source"]) for cell in cells if name in cell["metadata"].get("tags", [])), {})
-    ORDERINGS["high_to_low"] = lambda x, keep: x - dct(x, 1 - keep)             # the control that should lose
-    rows, logs, key = [], {}, digest([], argv)                                  # other flags, other runs
-    for flags, seed in itertools.product(SWEEPS[name], "012"):
-        run, _, drawn = flags.partition(" | ")
-        out = Path("out", name, run.replace("--", "").replace(" ", "_") + f"_seed_{seed}_{key}")
-        file, common = out / f"scores{drawn.replace(' ', '_')}.json", ["--seed", seed, "--out", str(out), "--device", device]
-        if not (out / "scores.json").exists():
-            main([*argv, *run.split(), "--data", "digits", "--overwrite", *common])
-        if not file.exists():
-            file.write_text(json.dumps(sample.main(["--ckpt", str(out / "ckpt.pt"), "--n", "1797", "--real", DIGITS, *common, *drawn.split()])))
-        logs[run or "default"] = np.loadtxt(out / "log.csv", delimiter=",", skiprows=1, ndmin=2)
-        rows.append(dict(run=flags.strip(" |") or "default", seed=seed, **json.loads(file.read_text())))
-    with open(f"out/{name}.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, max(rows, key=len))
-        writer.writeheader(), writer.writerows(rows)
-    figure, axes = plt.subplots(1, 4, sharey=True, figsize=(12, 1 + 0.3 * len(SWEEPS[name])), layout="constrained")
-    for axis, metric in zip(axes, ("fd", "precision", "recall", "class_acc")):
-        axis.plot([row[metric] for row in rows], [row["run"] for row in rows], "o", alpha=0.6), axis.set_title(metric), axis.grid(alpha=0.3)
-    axes[0].invert_yaxis(), figure.savefig(f"out/{name}.png")
-    figure, axes = plt.subplots(1, len(logs), sharey=True, squeeze=False, figsize=(3 * len(logs), 3), layout="constrained")
-    for axis, (run, log) in zip(axes[0], logs.items()):                         # loss of each level over training, seed 2
-        axis.plot(log[:, 0], log[:, 4:], label=[f"level {i}" for i in range(1, log.shape[1] - 3)]), axis.set_title(run.replace(" --", "\n--"), fontsize=8), axis.legend(fontsize=6)
-    figure.supxlabel("step"), figure.supylabel("loss"), figure.savefig(f"out/{name}_loss.png")
-    print(f"wrote out/{name}.csv, out/{name}.png and out/{name}_loss.png")
+        self.state["step"] += 1
+        step = self.state["step"]
+        finite = (norm + self.total).isfinite()
+        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=step))
+        # From a loss that is not finite on, the fused step leaves the weights alone.
+        self.optimizer.found_inf = self.first_bad.isfinite().float()
+        self.optimizer.step()
+        self.ema.average(self.model, min(args.ema, (1 + step) / (10 + step)))
+
+    def read_clock(self, interrupted):
+        """Is the run done? All processes go by the clock of the first."""
+        seconds = time.perf_counter() - self.start
+        clock = torch.tensor([seconds, float(bool(interrupted))], dtype=torch.float64)
+        if self.world > 1:
+            dist.broadcast(clock, 0)
+        self.state["seconds"], stop = clock.tolist()
+        over = self.state["seconds"] >= self.max_seconds
+        self.done = bool(stop) or over or self.state["step"] >= self.max_steps
+
+    def progress(self):
+        """Steps, or without --steps seconds."""
+        if self.args.steps:
+            return self.state["step"]
+        return round(self.state["seconds"])
+
+    # ---- Now and then ----
+
+    def measure(self):
+        """A row of log.csv: step, seconds, images per second, loss, and the loss of each level.
+
+        ValueError where one is not finite.
+        """
+        step, seconds = self.state["step"], self.state["seconds"]
+        count = step - self.logged_step
+        mean = self.total.cpu()
+        if self.world > 1:
+            dist.all_reduce(mean)
+        mean = mean.item() / self.world / count
+        rate = count * self.args.batch / (seconds - self.logged_seconds)
+        levels = self.level_losses(self.ema)
+        self.check_finite([mean, *levels])
+        numbers = [round(value, 5) for value in (mean, *levels)]
+        row = [step, round(seconds, 1), round(rate, 1), *numbers]
+        self.state["log"].append(row)
+
+        self.total.zero_()
+        self.logged_step = step
+        # The rate leaves out what this takes.
+        self.logged_seconds = time.perf_counter() - self.start
+        return row
+
+    def news(self):
+        """The last row of log.csv in words."""
+        step, _, rate, loss = self.state["log"][-1][:4]
+        peak = 100 * rate * self.peak_share
+        return f"step {step}, loss {loss:.4f}, {rate:.0f} images/s, {peak:.0f} % of peak"
+
+    def level_losses(self, model):
+        """The loss of each level on the last batch, list of F."""
+        x, y = self.last_batch
+        if y is not None:
+            y = y[:128]
+        with torch.no_grad(), self.autocast():
+            return model.level_losses(x[:128], y).tolist()
+
+    def check_finite(self, losses):
+        if np.isfinite(losses).all() and self.first_bad == torch.inf:
+            return
+        losses = self.level_losses(self.model)
+        bad = [i for i, loss in enumerate(losses, 1) if not np.isfinite(loss)]
+        since = min(self.first_bad.item(), self.state["step"])
+        message = f"the loss is not finite since step {since:.0f}, levels {bad or 'unknown'}"
+        message += ": lower --lr"
+        if os.path.exists(self.args.ckpt):
+            message += f"; {self.args.ckpt} holds the last good state, for --resume"
+        raise ValueError(message)
+
+    def save(self):
+        """Writes the checkpoint, whole or not at all."""
+        kept = dict(
+            self.state,
+            config=self.config.to_dict(),
+            model=self.model.state_dict(),
+            ema=self.ema.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+        )
+        write_file(self.args.ckpt, functools.partial(torch.save, kept))
+        self.saved_seconds = self.state["seconds"]
+
+    def save_is_due(self):
+        return self.state["seconds"] - self.saved_seconds > 60 * self.args.save_minutes
+
+
+def train(args, config, data):
+    """Trains until --steps or --max-minutes; the first process keeps ckpt.pt and log.csv."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open_log(args))
+        interrupted = stack.enter_context(catch_ctrl_c())
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        # On a CPU the backward pass of flash attention is slow in bfloat16.
+        flash = args.device.type == "cuda" or not args.bf16
+        stack.callback(torch.backends.cuda.enable_flash_sdp, True)
+        torch.backends.cuda.enable_flash_sdp(flash)
+
+        run = Run(args, config, data)
+        bar = stack.enter_context(progress_bar(args))
+        writer = csv.writer(file)
+        started = False
+        while not run.done:
+            run.step()
+            if not started:
+                start_files(args, file, writer, run)
+                started = True
+            run.read_clock(interrupted)
+            bar.update(run.progress() - bar.n)
+            step = run.state["step"]
+            if run.done or step % args.log_every == 0:
+                writer.writerow(run.measure())
+                bar.set_postfix_str(run.news(), refresh=False)
+                if run.rank == 0 and (run.done or run.save_is_due()):
+                    run.save()
+    if interrupted:
+        saved = f"stopped at step {step}, saved in {args.ckpt}"
+        raise SystemExit(f"{saved}; --resume goes on from there")
+    if run.rank == 0:
+        print(summary(run))
+
+
+def open_log(args):
+    """log.csv of the first process, locked: a second run into the same folder is refused."""
+    rank, _ = processes()
+    if rank > 0:
+        return open(os.devnull, "w")
+    os.makedirs(args.out, exist_ok=True)
+    file = open(os.path.join(args.out, "log.csv"), "a", buffering=1, newline="")
+    try:
+        message = f"another run writes into {args.out} at this moment"
+        check(lock(file), f"{message}: wait, or choose another --out")
+        check_out(args)  # it may have ended just now
+    except ValueError:
+        file.close()
+        raise
+    return file
+
+
+def lock(file):
+    """Locks a file until it is closed or its process ends. False if another has locked it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+def check_out(args):
+    there = os.path.exists(args.ckpt)
+    rule = "add --resume to continue it, --overwrite to start again, or choose another --out"
+    check(args.resume or args.overwrite or not there, f"{args.ckpt} exists: {rule}")
+
+
+def start_files(args, file, writer, run):
+    """After the first step, when the run is sure to start: the files of the run before go."""
+    if run.rank > 0:
+        return
+    if not args.resume:
+        Path(args.ckpt).unlink(missing_ok=True)
+    file.truncate(0)
+    levels = [f"level_{i + 1}" for i in range(run.model.F)]
+    writer.writerow(["step", "seconds", "images_per_second", "loss", *levels])
+    writer.writerows(run.state["log"])
+
+
+@contextlib.contextmanager
+def catch_ctrl_c():
+    """A list that Ctrl-C makes longer: the run ends its step and saves. A second one stops it."""
+    caught = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(*_):
+        caught.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def progress_bar(args):
+    rank, _ = processes()
+    total, unit = args.steps, "step"
+    if total is None:
+        total, unit = round(60 * args.max_minutes), "s"
+    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit}, {remaining} left{postfix}"
+    return tqdm(total=total, unit=unit, bar_format=form, disable=rank > 0)
+
+
+def summary(run):
+    millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+    rate = run.state["log"][-1][2]
+    text = f"{millions:.2f} M parameters, {rate:.3g} images/s"
+    memory = peak_memory(run.device)
+    if memory is not None:
+        text += f", peak memory {memory / 2**30:.2f} GiB"
+    log = os.path.join(run.args.out, "log.csv")
+    return f"wrote {run.args.ckpt} and {log}: {text}"
+
+
+# ==== Command line
+# Flags of a run's settings, beside those of the model: name, type, help.
+RUN_FLAGS = (
+    ("path", str, "folder of the data; of cifar10, where it is or goes"),
+    ("vae", str, "with --data folder: train on latents of a diffusers AutoencoderKL"),
+    ("steps", int, "stop after so many steps"),
+    ("max_minutes", float, "stop after so long"),
+    ("batch", int, "images per step, over all processes"),
+    ("grad_accum", int, "parts that a process splits its share of a batch into"),
+    ("seed", int, "of weights, order and noise"),
+    ("lr", float, "learning rate"),
+    ("warmup", int, "steps of rising learning rate"),
+    ("weight_decay", float, "of AdamW"),
+    ("clip", float, "bound on the norm of the gradient"),
+    ("ema", float, "decay of the averaged weights"),
+    ("threads", int, "of a CPU (default: what is fastest here, or OMP_NUM_THREADS)"),
+)
+
+
+def defaults_text(name):
+    """The default of a setting, where it differs by data set."""
+    values = {}
+    for data, settings in DATA.items():
+        values[data] = {**DEFAULTS, **settings}[name]
+    if len({*values.values()}) == 1:
+        return f"default: {values['digits']}"
+    return "default: " + ", ".join(f"{data} {value}" for data, value in values.items())
+
+
+def presets_text(name):
+    """The default of a setting of the model, and the presets that have another."""
+    usual = getattr(FARConfig, name)
+    values = [usual]
+    for preset, settings in PRESETS.items():
+        value = settings.get(name, usual)
+        if value != usual:
+            values.append(f"{preset} {value}")
+    return "default: " + ", ".join(map(str, values))
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--data", choices=DATA, help="default: digits")
+    add("--preset", choices=PRESETS, help="default: what fits --data; far_b with --vae")
+    add("--paper", action="store_true", help="the paper's recipe in place of the defaults")
+    add("--out", help="folder to write (default: out/ and the name of the data)")
+    text = "continue the run in --out with its settings; --steps or --max-minutes may be raised"
+    add("--resume", action="store_true", help=text)
+    add("--overwrite", action="store_true", help="start again although --out holds a run")
+    for name, kind, text in RUN_FLAGS:
+        if "default" not in text and name not in ("path", "vae"):
+            text = f"{text} ({defaults_text(name)})"
+        add("--" + name.replace("_", "-"), type=kind, help=text)
+    add("--lr-schedule", choices=("linear", "constant"), help="default: linear, to 0 at the end")
+    switch = argparse.BooleanOptionalAction
+    add("--flip", action=switch, help="mirror half of the images (default: not of digits)")
+    add("--bf16", action=switch, help="bfloat16 arithmetic (default: where it is faster)")
+    add("--skip-bad", action="store_true", help="leave out images that cannot be read")
+    text = "torch.compile the model, on a GPU into CUDA graphs (unless --grad-accum)"
+    add("--compile", action="store_true", help=text)
+    text = "less memory, a third more arithmetic"
+    add("--checkpoint-activations", action="store_true", help=text)
+    text = "steps between lines of log.csv (default: %(default)s)"
+    add("--log-every", type=int, default=100, help=text)
+    text = "minutes between checkpoints, saved at the next line of log.csv (default: %(default)s)"
+    add("--save-minutes", type=float, default=5.0, help=text)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=default, help="default: %(default)s")
+    group = parser.add_argument_group("settings of the model, see far.FARConfig")
+    add_settings(group, [f.name for f in fields(FARConfig)], presets_text)
+    return parser
+
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False)
-    p.add_argument("--data", choices=DATA, default="digits", help="default: %(default)s")
-    p.add_argument("--preset", choices=PRESETS, help="default: what fits --data")
-    p.add_argument("--paper", action="store_true", help="the paper's choices in place of the defaults")
-    p.add_argument("--out", help="folder to write (default: out/ and the name of the data)")
-    p.add_argument("--resume", action="store_true", help="continue the run in --out; settings come from there (give --path again), whatever --preset and --paper say; --steps or --max-minutes may be raised")
-    chosen, _ = p.parse_known_args(argv)                                        # sets the defaults of what follows
-    ckpt, defaults = os.path.join(chosen.out or os.path.join("out", chosen.data), "ckpt.pt"), DATA[chosen.data]
-    config = FARConfig.preset(chosen.preset or defaults["preset"], chosen.paper)
-    p.add_argument("-h", "--help", action="help")
-    p.add_argument("--path", help="folder of the data; where --data cifar10 is or goes (default there: data)")
-    p.add_argument("--cache-latents", metavar="DIR", help="encode DIR/train/<class>/* with --vae into --path, for --data latents; trains nothing")
-    p.add_argument("--vae", help="name or folder of a diffusers AutoencoderKL")
-    p.add_argument("--steps", type=int, help=f"stop after so many steps (default: {defaults.get('steps')}, none with --max-minutes)")
-    p.add_argument("--max-minutes", type=float, help=f"stop after so long (default: {defaults.get('max_minutes')}, none with --steps)")
-    p.add_argument("--sweep", choices=SWEEPS, help="an experiment on digits: several runs, scored, in out/NAME.csv and out/NAME.png; started again, it does what is missing")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    p.add_argument("--lr-schedule", choices=("linear", "constant"), default="linear", help="linear (default) falls to 0 at the end")
-    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA, and on a CPU that multiplies so twice as fast, but for digits)")
-    p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=chosen.data != "digits", help="mirror half of the images (default: %(default)s)")
-    for name, text in (("overwrite", "start again although --out holds a run"), ("skip-bad", "leave out images that cannot be read"),
-                       ("compile", "torch.compile the model, on a GPU into CUDA graphs (unless --grad-accum)"), ("checkpoint-activations", "less memory, a third more arithmetic")):
-        p.add_argument("--" + name, action="store_true", help=text)
-    for name, default, text in (("batch", defaults["batch"], "images a step, over all processes"), ("grad_accum", 1, "parts that a process splits its share of a batch into"),
-                                ("seed", 0, "of weights, order and noise"), ("lr", defaults["lr"], "learning rate"), ("warmup", defaults.get("warmup", 100), "steps of rising learning rate"),
-                                ("weight_decay", 0.02, "of AdamW"), ("clip", 1.0, "bound on the gradient's norm"), ("ema", defaults["ema"], "decay of the averaged weights"),
-                                ("log_every", 100, "steps between lines of log.csv"), ("save_minutes", 5.0, "minutes between checkpoints, saved at the next line of log.csv")):
-        p.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=f"{text} (default: %(default)s)")
-    add_settings(p.add_argument_group("model settings (far.FARConfig); defaults as --data, --preset and --paper set them"), [f.name for f in fields(FARConfig)], config)
-    args, kept, state = p.parse_args(argv), defaults, dict(step=0, seconds=0.0)
-    load_ordering(args.ordering or "", 0 if args.resume else args.image_size or config.image_size, args.channels or config.channels)
+    """The flags, with settings that are not given filled in; args.config is the model's."""
+    args = make_parser().parse_args(argv)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    args.given = {f.name: given[f.name] for f in fields(FARConfig) if f.name in given}
+    if args.out is None:
+        args.out = os.path.join("out", given.get("data", "digits"))
+    args.ckpt = os.path.join(args.out, "ckpt.pt")
+    check(not (args.resume and args.overwrite), "--resume and --overwrite exclude each other")
     if args.resume:
-        model, state = load_checkpoint(ckpt)
-        check({"optimizer", "settings"} <= set(state), f"{ckpt} holds weights alone and cannot be resumed")
-        config, kept = model.config, state["settings"]
-        p.set_defaults(**{name: value for name, value in kept.items() if name not in ("steps", "max_minutes")})
-        args = p.parse_args(argv)
-        for name in ("data", "seed", "batch"):
-            check(getattr(args, name) == kept[name], f"the run of {ckpt} has --{name} {kept[name]}")
-    if args.steps is None and args.max_minutes is None:
-        args.steps, args.max_minutes = kept.get("steps"), kept.get("max_minutes")
-    check(not args.resume or (args.steps or float("inf")) > state["step"] and (args.max_minutes or float("inf")) * 60 > state["seconds"],
-          f"the run of {ckpt} is finished, with {state['step']} steps in {state['seconds'] / 60:.1f} minutes: raise --steps or --max-minutes")
-    args.out, args.given = os.path.dirname(ckpt), {f.name: getattr(args, f.name) for f in fields(FARConfig) if getattr(args, f.name) is not None}
-    args.config = replace(config, **args.given)
-    for name in args.given if args.resume else ():
-        check(getattr(args.config, name) == getattr(config, name), f"--{name.replace('_', '-')} contradicts the run in {args.out}, which has {getattr(config, name)}")
+        run, args.config = resumed_settings(args, given)
+    else:
+        run, args.config = new_settings(args, given)
+    vars(args).update(run)
+    check_args(args)
     return args
+
+
+def new_settings(args, given):
+    """(settings of a new run, FARConfig)."""
+    own = DATA[given.get("data", "digits")]
+    if args.vae:
+        own = WITH_VAE
+    run = {**DEFAULTS, **own}
+    usual = run.pop("preset")
+    config = preset_config(args.preset or usual, args.paper, args.given)
+    return with_given(run, given), config
+
+
+def with_given(run, given):
+    """Settings with those given in place of the defaults. One length replaces the other."""
+    if "steps" in given or "max_minutes" in given:
+        run = dict(run, steps=None, max_minutes=None)
+    return {name: given.get(name, value) for name, value in run.items()}
+
+
+def preset_config(preset, paper, given):
+    """The preset with the settings given, a user's ordering among them."""
+    images = {**PRESETS[preset], **given}
+    size = images.get("image_size", FARConfig.image_size)
+    load_ordering(given.get("ordering", ""), size, images.get("channels", FARConfig.channels))
+    return FARConfig.preset(preset, paper, **given)
+
+
+def resumed_settings(args, given):
+    """(settings of the run in --out, FARConfig). ValueError where those given contradict them."""
+    load_ordering(args.ordering or "")
+    model, state = load_checkpoint(args.ckpt)
+    whole = {"optimizer", "settings"} <= set(state)
+    check(whole, f"{args.ckpt} holds weights alone and cannot be resumed")
+    kept = {**DEFAULTS, **state["settings"]}
+    for name in ("data", "vae", "seed", "batch"):
+        same = given.get(name, kept[name]) == kept[name]
+        check(same, f"the run of {args.ckpt} has --{name} {kept[name]}")
+    config = replace(model.config, **args.given)
+    for name in args.given:
+        before = getattr(model.config, name)
+        flag = "--" + name.replace("_", "-")
+        same = getattr(config, name) == before
+        check(same, f"{flag} contradicts the run in {args.out}, which has {before}")
+    run = with_given(kept, given)
+    left = run["steps"] is None or run["steps"] > state["step"]
+    left = left and (run["max_minutes"] is None or 60 * run["max_minutes"] > state["seconds"])
+    done = f"{state['step']} steps in {state['seconds'] / 60:.1f} minutes"
+    finished = f"the run of {args.ckpt} is finished, with {done}"
+    check(left, f"{finished}: raise --steps or --max-minutes")
+    return run, config
+
+
+def check_args(args):
+    positive = "steps max_minutes batch grad_accum lr warmup clip threads log_every save_minutes"
+    for name in positive.split():
+        value = getattr(args, name)
+        flag = "--" + name.replace("_", "-")
+        check(value is None or 0 < value < 1e9, f"{flag} must be above 0 and below 1e9")
+    check(0 <= args.ema < 1, "--ema must lie in [0, 1)")
+    check(0 <= args.seed < 2**63, "--seed must lie in [0, 2^63)")
+    check(args.weight_decay >= 0, "--weight-decay must be at least 0")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    parts = args.grad_accum * world
+    message = f"--batch {args.batch} is not divisible by --grad-accum {args.grad_accum} times"
+    check(args.batch % parts == 0, f"{message} {world} processes")
+    from_python = "models of embeddings are trained from Python; the data here have classes"
+    check(args.config.cond_dim == 0, f"--cond-dim: {from_python}")
+    check_out(args)
+    check_path(args)
+
+
+def check_path(args):
+    if args.data == "digits":
+        others = "add --data folder, cifar10 or imagenet64"
+        check(not args.path, f"--path {args.path} is of no use with --data digits: {others}")
+    if args.data in ("folder", "imagenet64"):
+        check(args.path, "--path is missing: the folder that holds train/<class>/*.jpg")
+        there = os.path.isdir(args.path)
+        check(there, f"--path {args.path} is no folder; it must hold train/<class>/*.jpg")
+    check(not args.vae or args.data == "folder", "--vae needs --data folder")
+
+
+def fit_config(args, data):
+    """The config with the number of classes of the data. ValueError where they do not fit."""
+    c = args.config
+    shape, size = list(data.images.shape[1:]), "--image-size and --channels"
+    if data.latents:
+        shape = [shape[1] // 2, *shape[2:]]
+    wanted = [c.channels, c.image_size, c.image_size]
+    message = f"the data are images of {shape}, the model takes {wanted}"
+    check(shape == wanted, f"{message}: choose another --preset, or {size}")
+    n, classes = len(data.images), len(data.classes)
+    check(args.batch <= n, f"--batch {args.batch} is more than the {n} images")
+    few = data.images[:: max(1, n // 2000)]
+    check(few.max() > few.min(), "all pixels of all images have one value: were they read right?")
+    if not args.resume and "num_classes" not in args.given:
+        c = replace(c, num_classes=classes)
+    enough = c.num_classes == 0 or c.num_classes >= classes
+    check(enough, f"the data have {classes} classes, but num_classes is {c.num_classes}")
+    return c
+
+
+def describe(data):
+    """12 classes, 1,200 images: 0 cat, 1 dog, .."""
+    names = [f"{i} {name}" for i, name in enumerate(data.classes)]
+    if len(names) > 12:
+        names[10:] = [".."]
+    return f"{len(data.classes)} classes, {len(data.images):,} images: {', '.join(names)}"
+
+
+def warn_of_equal_levels(config):
+    """Small images have few frequencies: levels can show the same."""
+    ordering = ORDERINGS[config.ordering]
+    kept = distinct_levels(config.levels, ordering, config.image_size)
+    equal = [keep for keep in config.levels if keep not in kept]
+    if equal:
+        where = f"at {config.image_size} x {config.image_size} pixels"
+        print(f"levels {equal} show nothing, or the same as the next one, {where}")
+
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.sweep:
-        return sweep(args.sweep, [flag for flag in (sys.argv[1:] if argv is None else argv) if flag not in ("--sweep", args.sweep, f"--sweep={args.sweep}")], args.device)
-    config, ckpt, world = args.config, os.path.join(args.out, "ckpt.pt"), int(os.environ.get("WORLD_SIZE", 1))
-    check(not (args.resume and args.overwrite), "--resume and --overwrite exclude each other")
-    for name in "steps max_minutes batch grad_accum lr warmup log_every clip save_minutes".split():
-        check(getattr(args, name) is None or 0 < getattr(args, name) < 1e9, f"--{name.replace('_', '-')} must be above 0 and below 1e9")
-    check(0 <= args.ema < 1 and 0 <= args.seed < 2 ** 63 and args.weight_decay >= 0, "--ema must lie in [0, 1), --seed in [0, 2^63), and --weight-decay be at least 0")
-    check(config.cond_dim == 0, "--cond-dim is for models that are trained from Python with embeddings; the data here has classes")
-    check(args.cache_latents or args.batch % (args.grad_accum * world) == 0, f"--batch {args.batch} is not divisible by --grad-accum {args.grad_accum} times {world} processes")
-    check(args.resume or args.overwrite or args.cache_latents or not os.path.exists(ckpt), f"{ckpt} exists: add --resume to continue it, --overwrite to start again, or choose another --out")
     args.device = use_device(args.device)
-    if not dist.is_initialized():                                               # a single process is a group of one
-        dist.init_process_group("cpu:gloo,cuda:nccl" if world > 1 and args.device.type == "cuda" else "gloo", timeout=timedelta(hours=12), **({} if world > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)))
-    if args.cache_latents:
-        check(args.vae and args.path, "--cache-latents needs --vae, a name or folder, and --path, the folder to write")
-        return cache_latents(args.cache_latents, args.vae, args.path, args.image_size or 256, args.device, args.skip_bad)
-    args.bf16 = args.bf16 if args.bf16 is not None else args.device.type == "cuda" or args.data != "digits" and matmul_rate(args.device, torch.bfloat16) > 2 * matmul_rate(args.device, torch.float32)
-    for turn in range(2):                                                       # rank 0 first: it builds what the others map
-        if turn == min(dist.get_rank(), 1):
-            images, labels, info = globals()["load_" + args.data](args.path, config, args.skip_bad)
-        dist.barrier()
-    shape, takes = [images.shape[2] // 2, *images.shape[3:]] if "scale" in info else list(images.shape[1:]), [config.channels, config.image_size, config.image_size]
-    check(shape == takes, f"--data {args.data} has images of {shape}, the model takes {takes}: choose another --preset or --image-size and --channels")
-    classes = len(info["classes"])
-    config = config if args.resume or "num_classes" in args.given else replace(config, num_classes=classes)
-    check(config.num_classes == 0 or config.num_classes >= classes, f"{classes} classes of images, but num_classes is {config.num_classes}")
-    check(args.batch <= len(images), f"--batch {args.batch} is more than the {len(images)} images")
-    os.makedirs(args.out, exist_ok=True)
-    with contextlib.ExitStack() as afterwards:
-        afterwards.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
-        afterwards.callback(torch.backends.cuda.enable_flash_sdp, True)
-        train(args, config, images, labels, info)
-    if dist.get_rank() == 0:
-        sample.main(["--ckpt", ckpt, "--out", args.out, "--seed", str(args.seed), "--device", str(args.device)])
+    join_processes(args.device)
+    data = load_data(args, args.config)
+    config = fit_config(args, data)
+    if args.bf16 is None:
+        args.bf16 = bf16_pays(args)
+    rank, _ = processes()
+    if rank == 0:
+        print(describe(data))
+        warn_of_equal_levels(config)
+    train(args, config, data)
+    if rank == 0:
+        model, rest = load_checkpoint(args.ckpt, args.device)
+        sample.draw_samples(model, rest, args.out, seed=args.seed)
+
 
 if __name__ == "__main__":
     try:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
+    except torch.cuda.OutOfMemoryError as error:
+        first = str(error).splitlines()[0]
+        sys.exit(f"train_cifar.py: {first} Lower --batch, or raise --grad-accum")
     except (ValueError, OSError, KeyboardInterrupt) as error:
         sys.exit(f"train_cifar.py: {str(error) or 'stopped'}")

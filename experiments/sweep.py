@@ -1,0 +1,390 @@
+"""Compare settings of FAR: train every row of a table with several seeds, draw, score.
+
+    python experiments/sweep.py orderings                                 # on digits
+    python experiments/sweep.py orderings --ordering mine.py:rings --rows dct,raster --seeds 0,1,2
+    python experiments/sweep.py components --max-minutes 2 --width 64     # equal time, and smaller
+
+A run of digits takes a minute or two. Prints mean and range of each row, and writes scores.csv and
+plot.png to out/sweep/NAME/. Models lie in out/sweep/models/, where comparisons share them; started
+again, it does what is missing. After a change of far.py choose another --out.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import far
+import sample
+
+HERE = Path(__file__).resolve().parent
+HIGH_TO_LOW = f"{os.path.relpath(HERE / 'orderings.py')}:high_to_low"
+METRICS = ("fd", "precision", "recall", "class_acc")
+
+
+DIGITS = far.FARConfig.preset("digits")
+
+
+# ==== The comparisons
+# Name of a row -> its flags of train_cifar.py, by their names in far.FARConfig. Three are not such
+# flags: draw, settings of FAR.sample; curve and value, the place of the row in a plot of curves.
+# Rows that differ in these alone share a model.
+def evenly(n):
+    """n levels 1/n, 2/n, .., 1."""
+    return [round((i + 1) / n, 4) for i in range(n)]
+
+
+def curve(name, setting, values, train=None, **draw):
+    """Rows that draw with one setting at several values, the other settings in draw."""
+    rows = {}
+    for value in values:
+        row = dict(train or {}, curve=name, value=value)
+        row["draw"] = {**draw, setting: value}
+        rows[f"{name} {value}"] = row
+    return rows
+
+
+def paper_sampler(**changes):
+    """The paper's sampler as settings of FAR.sample."""
+    recipe = far.FARConfig.preset("digits", paper=True, levels=DIGITS.levels)
+    settings = dict(
+        solver=recipe.solver,
+        variance=recipe.variance,
+        head_steps=recipe.head_steps,
+        temperature=recipe.temperature,
+    )
+    return {**settings, **changes}
+
+
+def steps_by_level(first, last):
+    return far.head_step_schedule(len(DIGITS.levels), first, last)
+
+
+def diversity_curves(head, train):
+    """What sampling does to precision and recall, for one kind of head."""
+    masked = dict(train, mask=True)
+    ancestral = dict(solver="ddpm", head_steps=25, temperature=1.0)
+    return {
+        **curve(f"{head}: temperature", "temperature", [0.9, 1.0, 1.05, 1.1, 1.2], train),
+        **curve(f"{head}: guidance", "guidance", [1.0, 1.5, 2.0, 3.0], train),
+        **curve(f"{head}: variance", "variance", [0.0, 0.5, 1.0], train, **ancestral),
+        **curve(f"{head}: mask in sampling", "mask", [False, True], masked),
+    }
+
+
+EIGHT = dict(levels=evenly(8), attention="markov")
+MASKED = dict(mask=True)
+
+COMPARISONS = {
+    "orderings": {
+        **{name: dict(ordering=name) for name in far.ORDERINGS},
+        "high to low": dict(ordering=HIGH_TO_LOW),
+        "high to low at 1/2 3/4 1": dict(ordering=HIGH_TO_LOW, levels=[0.5, 0.75, 1]),
+        "one level": dict(levels=[1]),
+    },
+    "targets": {
+        "full": dict(target="full"),
+        "next": dict(target="next"),
+        "residual": dict(target="residual"),
+    },
+    "levels": {
+        "default": {},
+        "1 level": dict(levels=[1]),
+        "2 levels: 1/4 1": dict(levels=[0.25, 1]),
+        "2 levels: 1/2 1": dict(levels=[0.5, 1]),
+        "4 levels": dict(levels=evenly(4)),
+        "6 levels": dict(levels=evenly(6)),
+        "8 levels": dict(levels=evenly(8)),
+        # One model that reads x_i alone, and so can leave levels out.
+        "8 levels markov": EIGHT,
+        "4 of 8": dict(EIGHT, draw=dict(levels=[0.25, 0.5, 0.75, 1.0])),
+        "2 of 8": dict(EIGHT, draw=dict(levels=[0.25, 1.0])),
+        "1 of 8": dict(EIGHT, draw=dict(levels=[1.0])),
+    },
+    "components": {
+        "default": {},
+        "token head": dict(head_mixing=False),
+        "token head with 4 draws": dict(head_mixing=False, head_draws=4),
+        "4 draws": dict(head_draws=4),
+        "markov": dict(attention="markov"),
+        "markov with one level an image": dict(attention="markov", levels_per_image=1),
+        "masks": MASKED,
+        "masks in training alone": dict(MASKED, draw=dict(mask=False)),
+        "no loss weights": dict(loss_weighting=False),
+        "noise prediction": dict(prediction="eps", schedule="cosine"),
+        "no condition token": dict(cond_tokens=0),
+        "locked steps": dict(draw=dict(step_rule="locked")),
+        "rising head steps": dict(draw=dict(head_steps=steps_by_level(6, 18))),
+        "falling head steps": dict(draw=dict(head_steps=steps_by_level(18, 6))),
+        "the paper's recipe": dict(paper=True),
+    },
+    "sampler": {
+        "the paper's": dict(draw=paper_sampler()),
+        "the paper's at the smaller variance": dict(draw=paper_sampler(variance=0.0)),
+        "the paper's at temperature 1": dict(draw=paper_sampler(temperature=1.0)),
+        **curve("ddpm", "head_steps", [12, 25, 50, 100], solver="ddpm", temperature=1.0),
+        **curve("ddim", "head_steps", [4, 6, 8, 12, 25, 50], solver="ddim"),
+        **curve("dpmpp_2m", "head_steps", [4, 6, 8, 12, 25], solver="dpmpp_2m"),
+    },
+    "diversity": {
+        **diversity_curves("mixing head", dict(patch_size=2)),
+        **diversity_curves("token head", dict(patch_size=2, head_mixing=False)),
+    },
+}
+
+# Comparisons whose rows are curves -> what is on the axes.
+AXES = {"sampler": ("ms", ("fd", "recall")), "diversity": ("recall", ("precision", "fd"))}
+
+
+# ==== Runs
+def to_flags(settings):
+    """dict(head_mixing=False, levels=[0.25, 1]) -> ["--no-head-mixing", "--levels", "0.25,1"]."""
+    flags = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if value is True:
+            flags.append(f"--{flag}")
+        elif value is False:
+            flags.append(f"--no-{flag}")
+        elif isinstance(value, (list, tuple)):
+            flags += [f"--{flag}", ",".join(map(str, value))]
+        else:
+            flags += [f"--{flag}", str(value)]
+    return flags
+
+
+def digest(*things):
+    """A short name for whatever json can hold, the same in every process."""
+    return hashlib.sha256(json.dumps(things).encode()).hexdigest()[:12]
+
+
+def train(flags, ordering, args):
+    """Trains a model with these flags, if that is not done yet -> the folder of its ckpt.pt."""
+    code = ""
+    if ":" in ordering:  # a changed file is another ordering
+        code = Path(ordering.rsplit(":", 1)[0]).read_text()
+    folder = Path(args.out, "models", digest(flags, code))
+    finished = folder / "finished"
+    if finished.exists():
+        return folder
+    script = HERE.parent / "train_cifar.py"
+    command = [sys.executable, str(script), *flags, "--out", str(folder), "--overwrite"]
+    if subprocess.run([*command, "--device", args.device]).returncode:
+        raise SystemExit(
+            "sweep.py: this run failed; the sweep goes on from there when started again"
+        )
+    finished.touch()
+    return folder
+
+
+def draw_and_score(folder, seed, draw, args):
+    """Draws from the model in folder, if that is not done yet -> its scores, a dict."""
+    file = folder / f"scores_{digest(seed, draw, args.n, args.real)}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    model, rest = sample.load_checkpoint(folder / "ckpt.pt", args.device)
+    c = model.config
+    real, truth = sample.load_real(args.real, c, rest.get("classes") or [])
+    n = args.n or len(real)
+    labels = sample.parse_labels(None, n, c.num_classes)
+    drawing = sample.Drawing(labels, torch.clone, keep_pixels=True)
+    begin = time.perf_counter()
+    for start, levels in sample.draw_images(model, labels, seed, return_levels=True, **draw):
+        drawing.add(start, levels)
+    seconds = time.perf_counter() - begin
+
+    shown = draw.get("levels", c.levels)
+    steps = [i for i, keep in enumerate(c.levels, 1) if keep in shown]
+    scores = dict(ms=1000 * seconds / n)
+    scores.update(sample.compare(drawing, real, truth, model, steps))
+
+    def save(part):
+        part.write(json.dumps(scores).encode())
+
+    sample.write_file(file, save)
+    return scores
+
+
+def do_row(name, row, seed, args):
+    """One line of scores.csv: the row's name, its seed, the scores."""
+    settings = dict(row)
+    draw = settings.pop("draw", {})
+    settings.pop("curve", None)
+    settings.pop("value", None)
+    ordering = settings.get("ordering", "")
+    sample.load_ordering(ordering)
+    flags = [*args.common, *to_flags(settings), "--seed", str(seed)]
+    folder = train(flags, ordering, args)
+    return dict(row=name, seed=seed, **draw_and_score(folder, seed, draw, args))
+
+
+# ==== Results
+def mean_and_range(values):
+    """[0.1, 0.2, 0.3] -> "0.200 (0.100–0.300)"; a single value stands alone."""
+    text = f"{np.mean(values):.3f}"
+    if len(values) > 1:
+        text += f" ({min(values):.3f}–{max(values):.3f})"
+    return text
+
+
+def print_table(rows, lines):
+    """Mean and range of each row, as a table of Markdown."""
+    metrics = [*METRICS, "ms"]
+    print("| | " + " | ".join(metrics) + " |")
+    print("|---" * (1 + len(metrics)) + "|")
+    for name in rows:
+        cells = [mean_and_range(values_of(lines, name, metric)) for metric in metrics]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def values_of(lines, name, metric):
+    """A metric of a row, one value per seed."""
+    return [line[metric] for line in lines if line["row"] == name]
+
+
+def write_csv(path, lines):
+    names = []
+    for line in lines:
+        names += [name for name in line if name not in names]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def plot_dots(path, rows, lines):
+    """Every row a line of dots, one per seed, for each metric."""
+    size = (12, 1 + 0.3 * len(rows))
+    figure, axes = plt.subplots(1, len(METRICS), sharey=True, figsize=size, layout="constrained")
+    for axis, metric in zip(axes, METRICS, strict=True):
+        for place, name in enumerate(rows):
+            values = values_of(lines, name, metric)
+            axis.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.5)
+            axis.plot(np.mean(values), place, "|", color="black", markersize=12)
+        axis.set_title(metric)
+        axis.grid(alpha=0.3)
+    axes[0].set_yticks(range(len(rows)), rows)
+    axes[0].invert_yaxis()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def plot_curves(path, rows, lines, axes_of):
+    """The mean over seeds of each row as a point; rows of one curve are joined."""
+    x_name, y_names = axes_of
+    size = (7 * len(y_names), 5)
+    figure, axes = plt.subplots(1, len(y_names), figsize=size, layout="constrained")
+    curves = {}
+    for name, row in rows.items():
+        curves.setdefault(row.get("curve", name), []).append(name)
+    for axis, y_name in zip(axes, y_names, strict=True):
+        for label, names in curves.items():
+            x = [np.mean(values_of(lines, name, x_name)) for name in names]
+            y = [np.mean(values_of(lines, name, y_name)) for name in names]
+            axis.plot(x, y, "o-", label=label, alpha=0.7, markersize=4)
+            for name, *place in zip(names, x, y, strict=True):
+                axis.annotate(rows[name].get("value", ""), place, fontsize=7)
+        axis.set_xlabel(x_name)
+        axis.set_ylabel(y_name)
+        axis.grid(alpha=0.3)
+        if x_name == "ms":
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:g}")
+    axes[0].legend(fontsize=7)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+# ==== Command line
+def make_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="All other flags are passed on to train_cifar.py, for all rows.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("name", choices=COMPARISONS, help="the comparison")
+    add("--rows", help="only these rows, such as dct,raster (default: all)")
+    add(
+        "--ordering", action="append", default=[], help="file.py:function, one more row; repeatable"
+    )
+    add("--seeds", default="0,1,2", help="default: %(default)s")
+    add("--steps", type=int, help="training steps of a run (default: 1000)")
+    add("--max-minutes", type=float, help="equal time in place of equal steps")
+    add("--n", type=int, help="samples to score (default: as many as there are real images)")
+    digits = os.path.relpath(HERE.parent / "assets" / "digits.npz")
+    add("--real", default=digits, help="npz file or folder of real images (default: %(default)s)")
+    add("--out", default="out/sweep", help="folder to write (default: %(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="default: %(default)s")
+    return parser
+
+
+def common_flags(args, others):
+    """The flags of train_cifar.py that all rows share."""
+    if args.steps is None and args.max_minutes is None:
+        args.steps = 1000
+    flags = ["--data", "digits"]
+    if args.steps is not None:
+        flags += ["--steps", str(args.steps)]
+    if args.max_minutes is not None:
+        flags += ["--max-minutes", str(args.max_minutes)]
+    return [*flags, *others]
+
+
+def chosen_rows(args):
+    """The rows of the comparison that --rows names, and those of --ordering."""
+    rows = COMPARISONS[args.name]
+    if args.rows:
+        names = args.rows.split(",")
+        unknown = [name for name in names if name not in rows]
+        allowed = ", ".join(rows)
+        far.check(not unknown, f"--rows has {unknown}; {args.name} has {allowed}")
+        rows = {name: rows[name] for name in names}
+    return {**rows, **{name: dict(ordering=name) for name in args.ordering}}
+
+
+def main(argv=None):
+    args, others = make_parser().parse_known_args(argv)
+    for name in args.ordering:
+        far.check(":" in name, f"--ordering is {name}; it must be file.py:function")
+        sample.load_ordering(name)  # an error now, not after the other rows
+    rows = chosen_rows(args)
+    args.common = common_flags(args, others)
+    far.check(args.n is None or args.n > 5, "--n must be above 5")
+    good = all(seed.isdigit() for seed in args.seeds.split(","))
+    far.check(good, f"--seeds is {args.seeds}; it must be whole numbers such as 0,1,2")
+
+    lines = []
+    for name, row in rows.items():
+        for seed in args.seeds.split(","):
+            print(f"{args.name}: {name}, seed {seed}", flush=True)
+            lines.append(do_row(name, row, int(seed), args))
+
+    folder = Path(args.out, args.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / "scores.csv", lines)
+    if args.name in AXES:
+        plot_curves(folder / "plot.png", rows, lines, AXES[args.name])
+    else:
+        plot_dots(folder / "plot.png", rows, lines)
+    print_table(rows, lines)
+    print(f"wrote {folder / 'scores.csv'} and {folder / 'plot.png'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        sys.exit(f"sweep.py: {str(error) or 'stopped'}")
