@@ -82,7 +82,7 @@ def diversity_curves(head, train):
     }
 
 
-EIGHT = dict(levels=evenly(8), attention="markov")
+EIGHT = dict(levels=evenly(8), attention="markov", levels_per_image=0)
 MASKED = dict(mask=True)
 
 COMPARISONS = {
@@ -116,7 +116,7 @@ COMPARISONS = {
         "token head": dict(head_mixing=False),
         "token head with 4 draws": dict(head_mixing=False, head_draws=4),
         "4 draws": dict(head_draws=4),
-        "markov": dict(attention="markov"),
+        "markov": dict(attention="markov", levels_per_image=0),
         "markov with one level an image": dict(attention="markov", levels_per_image=1),
         "masks": MASKED,
         "masks in training alone": dict(MASKED, draw=dict(mask=False)),
