@@ -2581,6 +2581,7 @@ def test_no_label_is_a_class_of_its_own():
     assert far.read_labels(model, torch.tensor([3, 9]), 2).tolist() == [[3], [9]]
     assert model.transformer.label.weight.shape == (11, 16)
     assert tiny(num_classes=0).no_labels(2).tolist() == [[0], [0]]
+    assert tiny(num_classes=0).transformer.label.weight.shape == (1, 16)
     fresh = FAR(FARConfig.preset("cifar")).transformer.label.weight
     assert fresh[10].std().item() == pytest.approx(1, abs=0.2)
     assert fresh[:10].std().item() == pytest.approx(1, abs=0.2)
