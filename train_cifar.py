@@ -420,15 +420,17 @@ def count_flops(function):
 
 
 def calls_per_second(function, device, seconds=0.2):
+    """How often a function can be called; the median call counts, so that no disturbance does."""
     function()  # warms up
     wait = torch.get_device_module(device).synchronize
     wait()
-    calls, begin = 0, time.perf_counter()
-    while calls < 2 or time.perf_counter() - begin < seconds:
+    times = []
+    while len(times) < 5 or sum(times) < seconds:
+        begin = time.perf_counter()
         function()
         wait()
-        calls += 1
-    return calls / (time.perf_counter() - begin)
+        times.append(time.perf_counter() - begin)
+    return 1 / float(np.median(times))
 
 
 @functools.cache
@@ -454,21 +456,14 @@ def choose_threads(function):
 
     Half as many are taken where they are faster by a third, which on an idle machine they are not.
     """
-    threads = torch.get_num_threads()
-    best = threads
-    rates = {}
-    while threads >= 1:
-        torch.set_num_threads(threads)
-        function()
-        times = []
-        while len(times) < 5 or sum(times) < 0.5:
-            begin = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - begin)
-        rates[threads] = 1 / float(np.median(times))
-        if rates[threads] > 4 / 3 * rates[best]:
-            best = threads
+    threads = best = torch.get_num_threads()
+    best_rate = calls_per_second(function, "cpu", seconds=0.5)
+    while threads > 1:
         threads //= 2
+        torch.set_num_threads(threads)
+        rate = calls_per_second(function, "cpu", seconds=0.5)
+        if rate > 4 / 3 * best_rate:
+            best, best_rate = threads, rate
     return best
 
 
