@@ -456,14 +456,14 @@ def choose_threads(function):
 
     Half as many are taken where they are faster by a third, which on an idle machine they are not.
     """
-    threads = best = torch.get_num_threads()
-    best_rate = calls_per_second(function, "cpu", seconds=0.5)
-    while threads > 1:
-        threads //= 2
+    threads = torch.get_num_threads()
+    best, best_rate = threads, 0.0
+    while threads >= 1:
         torch.set_num_threads(threads)
         rate = calls_per_second(function, "cpu", seconds=0.5)
         if rate > 4 / 3 * best_rate:
             best, best_rate = threads, rate
+        threads //= 2
     return best
 
 
