@@ -227,6 +227,18 @@ PRESETS = {
     "far_b": dict(LATENTS, width=768, depth=24, heads=12, head_depth=6),
     "far_l": dict(LATENTS, width=1024, depth=32, head_depth=8),
     "far_h": dict(LATENTS, width=1280, depth=40, head_depth=3),
+    # The paper's model for texts: 300 tokens of a frozen encoder of width 1536. In the published
+    # code the blocks read them by cross-attention; here they stand in front of all levels.
+    "far_t2i": dict(
+        LATENTS,
+        num_classes=0,
+        cond_tokens=300,
+        cond_dim=1536,
+        width=1024,
+        depth=32,
+        head_depth=3,
+        mask=True,
+    ),
     # Beyond the paper, with weights in assets: a deep head of its own kind draws first the lowest
     # 8 x 8 frequencies, then what is left. A cascade of two diffusion transformers.
     "cifar_cascade": dict(
@@ -245,8 +257,9 @@ PRESETS = {
 def paper_recipe(image_size, ordering, levels=None):
     """The paper's recipe as settings, for FARConfig.preset(name, paper=True).
 
-    But for two choices that were measured (experiments/results.md): no masks, which cost precision,
-    and the larger variance of DDPM, where the published code learns one in between.
+    But for two choices that were measured (experiments/results.md): no masks, which cost precision
+    (a preset that has them keeps them), and the larger variance of DDPM, where the published code
+    learns one in between.
     """
     # Refuses what is impossible.
     FARConfig(image_size=image_size, patch_size=1, ordering=ordering, levels=levels or (1,))
@@ -266,7 +279,6 @@ def paper_recipe(image_size, ordering, levels=None):
         time_shift=1.0,
         target="full",
         loss_weighting=True,
-        mask=False,
         guidance_schedule="linear",
         head_steps=head_step_schedule(F),
         solver="ddpm",
@@ -301,7 +313,7 @@ class FARConfig:
     # Levels: keep_1 < .. < keep_F = 1, and how to low-pass, a name in ORDERINGS.
     levels: tuple = (0.125, 0.25, 0.5, 1.0)
     ordering: str = "dct"
-    # Condition: a class, or with cond_dim > 0 embeddings [B, K, cond_dim], such as those of a text.
+    # Condition: a class, or with cond_dim > 0 a text: embeddings [B, K, cond_dim] of its words.
     num_classes: int = 10  # 0: none
     cond_tokens: int = 1  # K
     cond_dim: int = 0
@@ -501,6 +513,19 @@ def label_embedding(c, width):
     return nn.Embedding(c.num_classes + 1, width)
 
 
+def is_word(labels):
+    """Which condition tokens say something, bool [B, 1 or K]; rows of zeros are padding."""
+    if labels.ndim == 2:  # classes
+        return torch.ones_like(labels, dtype=torch.bool)
+    return labels.ne(0).any(-1)
+
+
+def mean_of_words(vectors, word):
+    """Mean of vectors [B, 1 or K, width] over those where word [B, 1 or K], [B, 1, width]."""
+    word = word[..., None].to(vectors.dtype)
+    return (word * vectors).sum(1, keepdim=True) / word.sum(1, keepdim=True).clamp(min=1)
+
+
 def mlp(width):
     return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
@@ -508,7 +533,8 @@ def mlp(width):
 class Attention(nn.Module):
     """Multi-head self-attention of S sequences of T tokens, [S, T, W] -> [S, T, W].
 
-    mask: bool [T, T], True where query (row) may attend to key (column); None: everywhere.
+    mask: bool [T, T] or one per sequence, [S, 1, T, T], True where query (row) may attend to key
+    (column); None: everywhere.
     cache: a dict that keeps the keys and values of earlier calls, "k" and "v", each [S, heads, T',
     W/heads]; queries see those and their own.
     """
@@ -556,13 +582,15 @@ class Transformer(nn.Module):
     Causal attention: one sequence [condition, x_0, x_1, .., x_{F-1}] of K + F N tokens, in which a
     level sees itself and what stands before it. The block of x_0 = 0 holds nothing but positions,
     level and condition. That suffices: x_1 depends on nothing else, but for the head's noise.
-    Markov attention: a sequence [condition, x_i] per level.
+    Markov attention: a sequence [condition, x_i] per level. Texts are of different length: what
+    fills them up to K tokens is attended to by nothing but itself.
     """
 
     def __init__(self, c):
         super().__init__()
         F, K = len(c.levels), c.cond_tokens
         self.causal = c.attention == "causal"
+        self.has_padding = c.cond_dim > 0
         self.label = label_embedding(c, c.width)
         self.condition_position = nn.Parameter(0.02 * torch.randn(K, c.width))
         self.input = nn.Linear(c.token_dim, c.width)
@@ -579,7 +607,7 @@ class Transformer(nn.Module):
             self.register_buffer("attention_mask", mask, persistent=False)
 
     def embed(self, tokens, level, label, hidden=None):
-        """Tokens [S, N, D] of x_i, i in level [S], label [S, 1 or K, W] -> [S, N, W].
+        """Tokens [S, N, D] of x_i, i in level [S], label [S, 1, W] -> [S, N, W].
 
         hidden: bool [S, N], True where the mask token replaces the token.
         """
@@ -587,7 +615,25 @@ class Transformer(nn.Module):
         if hidden is not None:
             h = torch.where(hidden[..., None], self.mask_token.to(h.dtype), h)
         # Beyond the paper: the condition is also added to every token, better in small models.
-        return h + self.position + self.level(level)[:, None] + label.mean(1, keepdim=True)
+        return h + self.position + self.level(level)[:, None] + label
+
+    def read_labels(self, labels):
+        """Labels -> (condition tokens [B, K, W], their mean [B, 1, W], words as in `is_word`)."""
+        vectors = self.label(labels)  # [B, 1 or K, W]
+        word = is_word(labels)
+        # K copies of a class, or the tokens of a text.
+        return vectors + self.condition_position, mean_of_words(vectors, word), word
+
+    def without_padding(self, mask, word, Q, T):
+        """mask bool [Q, T], None: all -> bool [S, 1, Q, T]: a query sees itself and no padding.
+
+        word: bool [S, K], of the first K of T keys. The Q queries are the last keys.
+        """
+        keys = pad(word, (0, T - word.shape[1]), value=True)[:, None, None]  # [S, 1, 1, T]
+        itself = torch.eye(T, dtype=torch.bool, device=word.device)[T - Q :]
+        if mask is not None:
+            keys = keys & mask
+        return keys | itself
 
     def forward(self, tokens, level, labels, hidden=None):
         """Training, all levels at once: arguments as in `embed`, labels of B images -> z [S, N, W].
@@ -595,8 +641,7 @@ class Transformer(nn.Module):
         The S = B L items are the levels of each image, with causal attention all F in order.
         """
         S, N, _ = tokens.shape
-        label = self.label(labels)  # [B, 1 or K, W]
-        condition = label + self.condition_position  # [B, K, W]: K copies of a class
+        condition, label, word = self.read_labels(labels)
         B, K, W = condition.shape
         h = self.embed(tokens, level, label.repeat_interleave(S // B, 0), hidden)
         if self.causal:
@@ -604,8 +649,11 @@ class Transformer(nn.Module):
             mask = self.attention_mask
         else:
             condition = condition.repeat_interleave(S // B, 0)
+            word = word.repeat_interleave(S // B, 0)
             mask = None
         h = torch.cat([condition, h], 1)
+        if self.has_padding:
+            mask = self.without_padding(mask, word, h.shape[1], h.shape[1])
         for block in self.blocks:
             h = block(h, mask)
         return self.norm(h[:, K:]).reshape(S, N, W)
@@ -618,15 +666,20 @@ class Transformer(nn.Module):
         these never see a later level, so that their keys and values do not change.
         """
         B, N, _ = tokens.shape
-        label = self.label(labels)
+        condition, label, word = self.read_labels(labels)
         h = self.embed(tokens, torch.full((B,), i, device=tokens.device), label, hidden)
         if not self.causal:
             cache = [None] * len(self.blocks)
         mask = None  # this level sees all that came before
-        if not cache[0]:  # the first level, with markov attention every level
-            h = torch.cat([label + self.condition_position, h], 1)  # [B, K + N, W]
+        earlier = 0  # tokens in the cache
+        if cache[0]:
+            earlier = cache[0]["k"].shape[2]
+        else:  # the first level, with markov attention every level
+            h = torch.cat([condition, h], 1)  # [B, K + N, W]
             if self.causal:
                 mask = self.attention_mask[: h.shape[1], : h.shape[1]]
+        if self.has_padding:
+            mask = self.without_padding(mask, word, h.shape[1], earlier + h.shape[1])
         for block, kept in zip(self.blocks, cache, strict=True):
             h = block(h, mask, kept)
         return self.norm(h[:, -N:])
@@ -853,7 +906,7 @@ class MixingHead(DiffusionHead):
 
     def read(self, z, level, labels):
         z = self.z(z)
-        label = self.label(labels).mean(1, keepdim=True)
+        label = mean_of_words(self.label(labels), is_word(labels))
         steer = z.mean(1, keepdim=True) + self.level(level)[:, None] + label  # [S, 1, w]
         return z + self.position.to(z.dtype), steer
 
@@ -863,7 +916,8 @@ class FAR(nn.Module):
     """Frequency autoregressive model.
 
     Images [B, C, H, H]: float32 in about [-1, 1] (or latents of unit variance), or uint8 [0, 255].
-    Labels: int64 [B] in [0, num_classes), float [B, K, cond_dim], or None. ValueError on others.
+    Labels: int64 [B] in [0, num_classes); or float [B, K, cond_dim], of which rows of zeros are
+    padding; or None. ValueError on others.
     """
 
     def __init__(self, config):
@@ -1282,6 +1336,11 @@ def read_images(model, images):
     c = model.config
     shape = [-1, c.channels, c.image_size, c.image_size]
     check_tensor("images", images, (torch.float32, torch.uint8), shape)
+    if images.dtype == torch.float32 and images.device.type == "cpu":
+        # Images in [-1, 1] and latents are about 1, those in [0, 255] about 100.
+        size = images.square().mean().sqrt().item()
+        rule = "scale them to about [-1, 1], or give uint8 in [0, 255]"
+        check(size < 4, f"float images have a root mean square of {size:.3g}: {rule}")
     images = images.to(model.device)
     if images.dtype == torch.uint8:
         images = images / 127.5 - 1

@@ -1323,7 +1323,8 @@ def millions(module):
 
 
 @pytest.mark.parametrize(
-    "name, trunk, total", [("far_b", 172, 208), ("far_l", 406, 451), ("far_h", 791, 812)]
+    "name, trunk, total",
+    [("far_b", 172, 208), ("far_l", 406, 451), ("far_h", 791, 812), ("far_t2i", 405, 426)],
 )
 def test_the_paper_s_models_have_its_sizes(name, trunk, total):
     model = on_meta(FARConfig.preset(name, paper=True))
@@ -1332,18 +1333,17 @@ def test_the_paper_s_models_have_its_sizes(name, trunk, total):
     assert millions(on_meta(FARConfig.preset(name)).transformer) == pytest.approx(trunk, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar", "imagenet64", "far_b", "far_l", "far_h"])
-def test_presets_are_recognisably_far(name):
-    c = FARConfig.preset(name)
-    assert len(c.levels) >= 3
-    if name != "digits":
-        assert len(c.levels) >= 4
-    assert c.attention in ("causal", "markov")
-    assert c.target == "full"
-    assert c.step_rule == "paper"
-    assert c.loss_weighting
-    assert c.depth >= 2 * c.head_depth
-    assert c.cond_tokens >= 1
+def test_the_model_of_texts_takes_a_step():
+    """All its widths and 300 words, but one block, two levels and one draw."""
+    small = dict(depth=1, head_depth=1, levels=(0.5, 1.0), head_draws=1)
+    model = FAR(FARConfig.preset("far_t2i", **small))
+    words = torch.randn(1, 300, 1536)
+    words[:, 20:] = 0
+    loss = model(torch.randn(1, 16, 16, 16), words)
+    loss.backward()
+    weights = loss_weights(2).mean().item()
+    assert loss.item() == pytest.approx(2 * weights, rel=0.1)  # of the velocity eps - x
+    assert model.head.output.weight.grad.any()
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar", "imagenet64"])
@@ -1373,7 +1373,7 @@ def test_paper_means_the_paper_s_recipe(name):
     assert (c.prediction, c.schedule, c.solver) == ("eps", "cosine", "ddpm")
     assert c.target == "full"
     assert c.step_rule == "paper"
-    assert not c.mask
+    assert c.mask == (name == "far_t2i")
     assert c.variance == 1
     assert c.loss_weighting
     assert set(c.level_time_shift) == {1}
@@ -1692,7 +1692,7 @@ def test_every_condition_token_position_and_level_matters():
 def test_tokens_are_embedded_with_position_level_and_label():
     model = tiny(mask=True)
     transformer = model.transformer
-    tokens, label = torch.randn(6, 16, 4), torch.randn(6, 5, 16)
+    tokens, label = torch.randn(6, 16, 4), torch.randn(6, 1, 16)
     level, hidden = torch.tensor([0, 2, 1, 1, 0, 2]), torch.rand(6, 16) < 0.5
     got = transformer.embed(tokens, level, label, hidden)
     for s, n in itertools.product(range(6), range(16)):
@@ -1700,7 +1700,7 @@ def test_tokens_are_embedded_with_position_level_and_label():
         if hidden[s, n]:
             want = transformer.mask_token
         want = want + transformer.position[n] + transformer.level.weight[level[s]]
-        assert torch.allclose(got[s, n], want + label[s].mean(0), atol=1e-5)
+        assert torch.allclose(got[s, n], want + label[s, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["causal", "markov"])
@@ -2608,6 +2608,31 @@ def test_embeddings_condition_by_each_of_their_tokens():
     assert torch.equal(halves, model.sample(words.half().float(), generator=seeded()))
 
 
+@pytest.mark.parametrize("attention", ["causal", "markov"])
+@pytest.mark.parametrize("mixing", [True, False])
+def test_padding_of_texts_changes_nothing(attention, mixing):
+    """Rows of zeros behind 3 words: loss and images are those of a model that takes 3 words."""
+    settings = dict(attention=attention, head_mixing=mixing, cond_dim=5, mask=True)
+    long, short = tiny(cond_tokens=6, **settings), tiny(cond_tokens=3, **settings)
+    weights = long.state_dict()
+    weights["transformer.condition_position"] = weights["transformer.condition_position"][:3]
+    weights["no_label"] = weights["no_label"][:, :3]
+    short.load_state_dict(weights)
+    words = torch.randn(2, 3, 5)
+    words[1, 2] = 0  # the second text is shorter
+    padded = torch.cat([words, torch.zeros(2, 3, 5)], 1)
+    images = some_images(2)
+    results = []
+    for model, labels in ((short, words), (long, padded)):
+        torch.manual_seed(1)
+        losses = model.level_losses(images, labels)
+        results.append((losses, model.sample(labels, generator=seeded(), return_levels=True)))
+    for got, want in zip(*results, strict=True):
+        assert torch.allclose(got, want, atol=1e-4)
+    # A text that is all padding says nothing, and is no reason for NaN.
+    assert long.sample(torch.zeros(2, 6, 5), generator=seeded()).isfinite().all()
+
+
 def test_units_are_deviations_of_what_levels_draw():
     """Of white images the share of the frequencies; dct keeps 2 x 2, 4 x 4 and 8 x 8 of them."""
     shares = np.array([4, 12, 48]) / 64
@@ -3239,6 +3264,17 @@ def test_images_of_another_kind(images, words):
     for call in (model, model.level_losses):
         with pytest.raises(ValueError, match=words):
             call(images, CLASSES)
+
+
+@pytest.mark.parametrize("scale", [16.0, 255.0, math.nan])
+def test_float_images_of_another_range(scale):
+    """Levels of grey as floats: 0 .. 16, 0 .. 255; and a NaN. Latents of unit variance are fine."""
+    model, images = tiny(), torch.rand(2, 1, 8, 8)
+    wrong = "float images have a root mean square of .*: scale them to about .* or give uint8"
+    for call in (model, model.level_losses):
+        with pytest.raises(ValueError, match=wrong):
+            call(scale * images, CLASSES)
+        call(2 * some_images(2), CLASSES)
 
 
 def test_a_start_of_another_kind():
