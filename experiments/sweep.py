@@ -3,6 +3,7 @@
     python experiments/sweep.py orderings                                 # on digits
     python experiments/sweep.py orderings --ordering mine.py:rings --rows dct,raster --seeds 0,1,2
     python experiments/sweep.py components --max-minutes 2 --width 64     # equal time, and smaller
+    python experiments/sweep.py claim --path DIR --score "python score.py {} --real DIR"
 
 A run of digits takes a minute or two. Prints mean and range of each row, and writes scores.csv and
 plot.png to out/sweep/NAME/. Models lie in out/sweep/models/, where comparisons share them; started
@@ -10,12 +11,15 @@ again, it does what is missing. After a change of far.py choose another --out.
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -82,6 +86,46 @@ def diversity_curves(head, train):
     }
 
 
+def steps_curves(orders):
+    """Models of 16 levels, drawn in 1, 2, 4, 8 and 16 steps: who needs the fewest?
+
+    orders: name -> ordering. In `shuffle` and `raster` what is known stays, as in MAR.
+    """
+    small = dict(SMALL_IMAGES, levels=evenly(16), attention="markov", levels_per_image=1)
+    heads = {"mixing head": {}, "token head": dict(head_mixing=False, head_draws=4)}
+    rows = {}
+    for head, settings in heads.items():
+        for name, ordering in orders.items():
+            train = dict(small, **settings, ordering=ordering)
+            label = f"{head}: {name}"
+            for n in (1, 2, 4, 8, 16):
+                draw = dict(levels=evenly(n))
+                if name in ("shuffle", "raster"):
+                    draw["step_rule"] = "locked"
+                rows[f"{label} {n}"] = dict(train, curve=label, value=n, draw=draw)
+    return rows
+
+
+SMALL_IMAGES = dict(
+    data="folder",
+    image_size=16,
+    patch_size=2,
+    width=128,
+    depth=4,
+    head_width=128,
+    batch=32,
+    lr=2e-3,
+    warmup=100,
+    ema=0.999,
+)
+ORDERS = {
+    "dct": "dct",
+    "resize": "resize",
+    "haar": "haar",
+    "shuffle": "shuffle",
+    "raster": "raster",
+    "high to low": HIGH_TO_LOW,
+}
 EIGHT = dict(levels=evenly(8), attention="markov", levels_per_image=0)
 MASKED = dict(mask=True)
 
@@ -140,10 +184,16 @@ COMPARISONS = {
         **diversity_curves("mixing head", dict(patch_size=2)),
         **diversity_curves("token head", dict(patch_size=2, head_mixing=False)),
     },
+    # On a folder of pictures, shrunk to 16 x 16 pixels.
+    "claim": steps_curves(ORDERS),
 }
 
 # Comparisons whose rows are curves -> what is on the axes.
-AXES = {"sampler": ("ms", ("fd", "recall")), "diversity": ("recall", ("precision", "fd"))}
+AXES = {
+    "sampler": ("ms", ("fd", "recall")),
+    "diversity": ("recall", ("precision", "fd")),
+    "claim": ("levels", ("fd", "precision", "recall")),
+}
 
 
 # ==== Runs
@@ -189,13 +239,15 @@ def train(flags, ordering, args):
 
 def draw_and_score(folder, seed, draw, args):
     """Draws from the model in folder, if that is not done yet -> its scores, a dict."""
-    file = folder / f"scores_{digest(seed, draw, args.n, args.real)}.json"
+    file = folder / f"scores_{digest(seed, draw, args.n, args.real, args.score)}.json"
     if file.exists():
         return json.loads(file.read_text())
     model, rest = sample.load_checkpoint(folder / "ckpt.pt", args.device)
     c = model.config
-    real, truth = sample.load_real(args.real, c, rest.get("classes") or [])
-    n = args.n or len(real)
+    n = args.n or 1000
+    if not args.score:
+        real, truth = sample.load_real(args.real, c, rest.get("classes") or [])
+        n = args.n or len(real)
     labels = sample.parse_labels(None, n, c.num_classes)
     drawing = sample.Drawing(labels, torch.clone, keep_pixels=True)
     begin = time.perf_counter()
@@ -205,13 +257,35 @@ def draw_and_score(folder, seed, draw, args):
 
     shown = draw.get("levels", c.levels)
     steps = [i for i, keep in enumerate(c.levels, 1) if keep in shown]
-    scores = dict(ms=1000 * seconds / n)
-    scores.update(sample.compare(drawing, real, truth, model, steps))
+    scores = dict(ms=1000 * seconds / n, levels=len(steps))
+    if args.score:
+        scores.update(score_by_command(args.score, drawing))
+    else:
+        scores.update(sample.compare(drawing, real, truth, model, steps))
 
     def save(part):
         part.write(json.dumps(scores).encode())
 
     sample.write_file(file, save)
+    return scores
+
+
+def score_by_command(command, drawing):
+    """What a program of the user's says of the samples: its lines of a name and a number."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "samples.npz")
+        drawing.save_npz(file)
+        words = [word.replace("{}", file) for word in shlex.split(command)]
+        done = subprocess.run(words, capture_output=True, text=True)
+    problem = (done.stderr.strip().splitlines() or ["it prints no reason"])[-1]
+    far.check(done.returncode == 0, f"--score {command} failed ({problem})")
+    scores = {}
+    for line in done.stdout.splitlines():
+        name, _, value = line.strip().partition(" ")
+        with contextlib.suppress(ValueError):
+            scores[name] = float(value)
+    missing = [name for name in METRICS if name not in scores]
+    far.check(not missing, f"--score {command} must print lines such as 'fd 1.5'; not {missing}")
     return scores
 
 
@@ -297,7 +371,7 @@ def plot_curves(path, rows, lines, axes_of):
         axis.set_xlabel(x_name)
         axis.set_ylabel(y_name)
         axis.grid(alpha=0.3)
-        if x_name == "ms":
+        if x_name in ("ms", "levels"):
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:g}")
     axes[0].legend(fontsize=7)
@@ -315,16 +389,19 @@ def make_parser():
     )
     add = parser.add_argument
     add("name", choices=COMPARISONS, help="the comparison")
-    add("--rows", help="only these rows, such as dct,raster (default: all)")
+    add("--rows", help="only these rows or curves, such as dct,raster (default: all)")
     add(
         "--ordering", action="append", default=[], help="file.py:function, one more row; repeatable"
     )
     add("--seeds", default="0,1,2", help="default: %(default)s")
     add("--steps", type=int, help="training steps of a run (default: 1000)")
     add("--max-minutes", type=float, help="equal time in place of equal steps")
-    add("--n", type=int, help="samples to score (default: as many as there are real images)")
+    text = "samples to score (default: as many as there are real images; with --score 1000)"
+    add("--n", type=int, help=text)
     digits = os.path.relpath(HERE.parent / "assets" / "digits.npz")
     add("--real", default=digits, help="npz file or folder of real images (default: %(default)s)")
+    text = "a command that scores samples in place of --real; {} is the npz file of the samples"
+    add("--score", metavar="COMMAND", help=text)
     add("--out", default="out/sweep", help="folder to write (default: %(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="default: %(default)s")
@@ -348,11 +425,19 @@ def chosen_rows(args):
     rows = COMPARISONS[args.name]
     if args.rows:
         names = args.rows.split(",")
-        unknown = [name for name in names if name not in rows]
+        chosen = {}
+        for name, row in rows.items():
+            if name in names or row.get("curve") in names:
+                chosen[name] = row
+        known = {*rows, *(row.get("curve") for row in rows.values())}
+        unknown = [name for name in names if name not in known]
         allowed = ", ".join(rows)
         far.check(not unknown, f"--rows has {unknown}; {args.name} has {allowed}")
-        rows = {name: rows[name] for name in names}
-    return {**rows, **{name: dict(ordering=name) for name in args.ordering}}
+        rows = chosen
+    own = {name: dict(ordering=name) for name in args.ordering}
+    if args.name == "claim":
+        own = steps_curves({name: name for name in args.ordering})
+    return {**rows, **own}
 
 
 def main(argv=None):
