@@ -1042,7 +1042,7 @@ class FAR(nn.Module):
                     x = self.low_pass(given, j)  # given: read, not drawn
                 else:
                     x_hat = self.draw_image(x, z, i, labels, draw, c)
-                    # x_j = P_j xhat loses what lies above keep_j, and what xhat changed in x_i.
+                    # Lost: what xhat has above keep_j, and what x_i showed where xhat differs.
                     kept = 0
                     if c.step_rule == "locked":
                         kept = x - self.low_pass(x_hat, i)
@@ -1109,7 +1109,7 @@ class FAR(nn.Module):
         """What level i draws of images x [B, C, H, H], a linear map of them.
 
         A new target is a new line here and a name in CHOICES. If what is drawn does not show x_i,
-        `draw_image` has to add it.
+        `draw_image` has to add it, and `set_units` to measure its deviation.
         """
         if self.config.target == "next":
             return self.low_pass(x, i + 1)
