@@ -67,7 +67,6 @@ from far import (
     DiffusionHead,
     FARConfig,
     Path,
-    block_causal_mask,
     check_ordering,
     distinct_levels,
     head_step_schedule,
@@ -492,7 +491,6 @@ class DiffusionLoss:
 
     def part_noise(self, far):
         """x_t = alpha x + sigma eps; the network predicts a x + b eps; self(t) gives all four."""
-
         path = self.strange_path(far, None)
         x, eps, t = torch.randn(4, 5, 6), torch.randn(4, 5, 6), torch.rand(4, 5, 1)
         x_t, target = far.Path.noise(path, x, eps, t)
@@ -924,7 +922,7 @@ def explain(error, module):
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename == module.__file__:
             where = f" in line {frame.lineno}"
-    return f"{type(error).__name__}{where}: {reason}"
+    return f"{type(error).__name__}{where}: {reason}".removesuffix(": ")
 
 
 def find_functions(tree):
@@ -1613,12 +1611,12 @@ def test_tricks_cost_their_exercise_and_no_other(tmp_path, monkeypatch, capsys):
         source = with_body(source, function, body)
     (tmp_path / "far.py").write_text(source)
     names = "low_pass,block_causal_mask,schedules,adaln_block,guided_step"
-    flags = ["--grade", tmp_path / "far.py", "--blank", names, "--seconds", "2"]
+    flags = ["--grade", tmp_path / "far.py", "--blank", names, "--seconds", "3"]
     run_main(monkeypatch, *flags)
     table = " ".join(capsys.readouterr().out.split())
     for words in (
         r"low_pass 0 of 2 line \d+ imports far_copy, which earns nothing",
-        r"block_causal_mask 0 of 2 not done after 2 seconds in line \d+: an endless loop\?",
+        r"block_causal_mask 0 of 2 not done after 3 seconds in line \d+: an endless loop\?",
         "schedules 0 of 3 linear: SystemExit in line",
         "adaln_block 1 of 2 block of the paper: the output is of type Equal, not a tensor",
         "guided_step 0 of 3 it changes torch.Tensor.__sub__",
@@ -1667,25 +1665,18 @@ def test_wrong_flags_of_the_exercises(flags, words, monkeypatch):
 
 
 # ==== Orderings
-EXACT_ORDERINGS = {
-    "fourier": (7, 8, 16),
-    "dct": (7, 8, 16),
-    "haar": (8, 16, 32),
-    "raster": (7, 8, 16),
-    "shuffle": (7, 8, 16),
-}
-
-
-@pytest.mark.parametrize("name", EXACT_ORDERINGS)
+@pytest.mark.parametrize("name", ["fourier", "dct", "haar", "raster", "shuffle"])
 def test_orderings_are_nested_projections(name):
-    for size in EXACT_ORDERINGS[name]:
+    sizes = (7, 8, 16)
+    if name == "haar":
+        sizes = (8, 16, 32)
+    for size in sizes:
         assert check_ordering(ORDERINGS[name], size) == []
 
 
 @pytest.mark.parametrize("name", ORDERINGS)
-@pytest.mark.parametrize("size", [7, 8])
-def test_keep_0_shows_nothing_and_keep_1_all(name, size):
-    x = some_images(2, size, 3)
+def test_keep_0_shows_nothing_and_keep_1_all(name):
+    x = some_images(2, 7, 3)
     assert torch.equal(ORDERINGS[name](x, 1.0), x)
     assert not ORDERINGS[name](x, 0.0).any()
 
@@ -1726,10 +1717,6 @@ def not_a_number(x, keep):
     return far.dct(x, keep)
 
 
-def wrong_shape(x, keep):
-    return x[..., 1:]
-
-
 def wrong_shape_at_a_quarter(x, keep):
     if keep == 0.25:
         return x[..., :4]
@@ -1746,7 +1733,6 @@ def wrong_shape_at_a_quarter(x, keep):
         (random_pixels, ["nested"]),
         (mean_of_the_batch, ["each image by itself"]),
         (not_a_number, ["linear", "idempotent", "each image by itself", "nested"]),
-        (wrong_shape, ["shape"]),
         (wrong_shape_at_a_quarter, ["shape"]),
         (ORDERINGS["resize"], ["idempotent", "nested"]),  # nearly a projection
     ],
@@ -1761,9 +1747,6 @@ def test_check_ordering_says_where_and_by_how_much():
     x = torch.randn(2, 2, 3, 8, 8, generator=seeded())[0]
     error = largest_difference(far.dct(x, 0.875), x)
     assert line == f"identity at 1: broken at keep 1, largest error {error:.3g}"
-    (line,) = check_ordering(wrong_shape_at_a_quarter, 8)
-    assert line == "shape: [2, 3, 8, 8] becomes [2, 3, 8, 4] at keep 0.25"
-    assert "largest error inf" in check_ordering(not_a_number, 8)[0]
 
 
 def rows_in_place(x, keep):
@@ -1808,19 +1791,6 @@ def test_an_ordering_may_compute_in_double_precision(monkeypatch):
         b = tiny(ordering="dct", target=target).sample(3, generator=seeded())
         assert a.dtype == torch.float32
         assert torch.allclose(a, b, atol=1e-4)
-
-
-@pytest.mark.parametrize("H", [5, 8])
-@pytest.mark.parametrize("keep", [0.2, 0.5, 0.75, 0.8])
-def test_fourier_is_the_explicit_sum_of_waves(H, keep):
-    x = torch.randn(1, 1, H, H, dtype=torch.float64)
-    n = np.arange(H)
-    want = np.zeros((H, H), complex)
-    for fy, fx in itertools.product(range(-(H // 2), (H - 1) // 2 + 1), repeat=2):
-        if max(abs(fy), abs(fx)) <= keep * H / 2:
-            wave = np.exp(2j * np.pi * (fy * n[:, None] + fx * n) / H)
-            want += (x[0, 0].numpy() * wave.conj()).sum() * wave / H**2
-    np.testing.assert_allclose(far.fourier(x, keep)[0, 0], want.real, atol=1e-10)
 
 
 @pytest.mark.parametrize("H", [5, 8, 100])
@@ -1914,31 +1884,22 @@ def test_filters_work_in_float32_under_autocast():
     assert torch.allclose(low, far.dct(x.double(), 0.25).float(), atol=1e-5)
 
 
-# How much the orderings show of a side of H pixels, in numbers that rise with it.
-def shown_by_dct(keep, H):
-    return math.ceil(keep * H - 1e-9)
-
-
-def shown_by_fourier(keep, H):
-    return min(H, 2 * math.floor(keep * H / 2 + 1e-9) + 1)
-
-
-def shown_by_shuffle(keep, H):
-    return math.ceil(keep * 64 - 1e-9)
-
-
-SHOWN = {"dct": shown_by_dct, "fourier": shown_by_fourier, "shuffle": shown_by_shuffle}
-
-
-@pytest.mark.parametrize("ordering", SHOWN)
-@pytest.mark.parametrize("size", [8, 16, 24, 64])
-def test_distinct_levels_show_more_each_time_and_leave_out_doubles_alone(ordering, size):
-    kept = distinct_levels(PAPER_LEVELS, ORDERINGS[ordering], size)
-    shown = [SHOWN[ordering](keep, size) for keep in kept]
-    every = {SHOWN[ordering](keep, size) for keep in PAPER_LEVELS}
-    assert shown == sorted(every)
-    assert kept[-1] == 1
-    assert set(kept) <= set(PAPER_LEVELS)
+@pytest.mark.parametrize("ordering", ORDERINGS)
+@pytest.mark.parametrize("size", [4, 8, 16, 24, 64])
+def test_levels_of_the_paper_s_recipe_show_more_each_time(ordering, size):
+    """No two show the same, nor nothing; and what is left out shows what another one shows."""
+    candidates = PAPER_LEVELS
+    if size < 16:
+        candidates = (0.25, 0.5, 0.75, 1.0)
+    levels = FARConfig.preset("digits", paper=True, image_size=size, ordering=ordering).levels
+    assert levels[-1] == 1 and set(levels) <= set(candidates)
+    x = some_images(1, size)
+    shown = [ORDERINGS[ordering](x, keep) for keep in (0.0, *levels)]
+    for one, other in itertools.combinations(shown, 2):
+        assert largest_difference(one, other) > 1e-3
+    for keep in candidates:
+        image = ORDERINGS[ordering](x, keep)
+        assert min(largest_difference(image, other) for other in shown) < 1e-5
 
 
 def test_distinct_levels_show_something():
@@ -1948,7 +1909,6 @@ def test_distinct_levels_show_something():
         return far.dct(x, keep)
 
     assert distinct_levels((0.1, 0.4, 0.5, 1.0), nothing_below_a_half, 8) == [0.5, 1.0]
-    assert distinct_levels((1.0,), far.dct, 8) == [1.0]
 
 
 # ==== Settings
@@ -1978,7 +1938,6 @@ def test_presets_are_recognisably_far(name):
     assert len(c.levels) >= 3
     if name != "digits":
         assert len(c.levels) >= 4
-    assert c.attention in ("causal", "markov")
     assert c.target == "full"
     assert c.step_rule == "paper"
     assert c.loss_weighting
@@ -1991,17 +1950,17 @@ def test_the_trunk_does_about_half_of_the_work_or_more(name, monkeypatch):
     """Of the arithmetic of the forward pass in training, and so of all of it."""
     c = FARConfig.preset(name)
     model = on_meta(c)
-    monkeypatch.setattr(FAR, "low_pass", low_pass_on_meta)
+
+    def low_pass(self, x, i):
+        return x.clone()
+
+    monkeypatch.setattr(FAR, "low_pass", low_pass)
     images = torch.zeros(1, c.channels, c.image_size, c.image_size, device="meta")
     labels = torch.zeros(1, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter:
         model(images, labels)
     count = counter.get_flop_counts()
     assert sum(count["FAR.transformer"].values()) > 0.45 * sum(count["Global"].values())
-
-
-def low_pass_on_meta(self, x, i):
-    return x.clone()
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "cifar_cascade"])
@@ -2046,16 +2005,6 @@ def test_overrides_win_over_preset_and_recipe():
     assert FARConfig.preset("cifar_cascade", levels=(0.25, 0.5, 1)).level_time_shift == [1, 1, 1]
 
 
-@pytest.mark.parametrize("ordering", ORDERINGS)
-@pytest.mark.parametrize("size", [4, 8, 16, 32, 64])
-def test_no_level_of_the_paper_s_recipe_shows_what_another_shows(ordering, size):
-    c = FARConfig.preset("digits", paper=True, image_size=size, ordering=ordering)
-    x = some_images(1, size)
-    shown = [ORDERINGS[ordering](x, keep) for keep in (0.0, *c.levels)]
-    for before, after in itertools.pairwise(shown):
-        assert largest_difference(before, after) > 1e-3
-
-
 def test_one_number_becomes_one_per_level():
     c = FARConfig(levels=(0.25, 0.5, 0.75, 1), guidance=5, head_steps=7, temperature=0.9)
     assert c.level_guidance == [1, 2, 3, 4]  # 1 + (g - 1) i/F
@@ -2075,8 +2024,9 @@ def test_sizes_that_follow():
     assert (c.grid, c.num_tokens, c.token_dim) == (4, 16, 18)
 
 
-def numbers_of_numpy():
-    return dict(
+def test_numbers_of_numpy_and_torch_become_python_s(tmp_path):
+    """So that a checkpoint loads without running code, and its config equals the one saved."""
+    c = FARConfig(
         image_size=np.int64(16),
         levels=np.array([0.25, 1.0]),
         guidance=np.float32(1.5),
@@ -2086,11 +2036,6 @@ def numbers_of_numpy():
         mask=np.bool_(True),
         dropout=np.float16(0.5),
     )
-
-
-def test_numbers_of_numpy_and_torch_become_python_s(tmp_path):
-    """So that a checkpoint loads without running code, and its config equals the one saved."""
-    c = FARConfig(**numbers_of_numpy())
     assert c == FARConfig(
         image_size=16,
         levels=(0.25, 1.0),
@@ -2107,13 +2052,6 @@ def test_numbers_of_numpy_and_torch_become_python_s(tmp_path):
     assert FARConfig.from_dict(json.loads(json.dumps(c.to_dict()))) == c
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_config_and_its_dict_are_the_same(name):
-    for paper in {False, name != "cifar_cascade"}:
-        c = FARConfig.preset(name, paper=paper, guidance=3.0)
-        assert FARConfig.from_dict(c.to_dict()) == c
-
-
 # ==== Tokens
 def test_patchify_by_brute_force():
     x, p = some_images(2, 6, 3), 2
@@ -2126,30 +2064,12 @@ def test_patchify_by_brute_force():
 
 
 # ==== Schedules over levels
-def test_block_causal_mask_by_brute_force():
-    causal, markov = block_causal_mask(3, 4), block_causal_mask(3, 4, markov=True)
-    assert causal.dtype == markov.dtype == torch.bool
-    assert causal.shape == markov.shape == (12, 12)
-    for q, k in itertools.product(range(12), repeat=2):
-        assert causal[q, k] == (q // 4 >= k // 4)
-        assert markov[q, k] == (q // 4 == k // 4)
-
-
-def test_loss_weights_by_hand():
+def test_schedules_over_levels_by_hand():
     np.testing.assert_allclose(loss_weights(3), [1.5, 1 + math.sqrt(3) / 2, 2], rtol=1e-6)
-    np.testing.assert_allclose(loss_weights(1), [2], rtol=1e-6)
-
-
-def test_mask_bounds_by_hand():
     np.testing.assert_allclose(mask_bounds(4), [0.7, 0.525, 0.35, 0.175], rtol=1e-6)
-
-
-def test_head_steps_by_hand():
     assert head_step_schedule(4) == [40, 60, 80, 100]
-    assert sum(head_step_schedule(10)) == 700
     assert head_step_schedule(1) == [100]
     assert head_step_schedule(3, 2, 4) == [2, 3, 4]
-    assert all(type(steps) is int for steps in head_step_schedule(7))
     assert far.rising(0.8, 1.0, 3) == pytest.approx([0.8, 0.9, 1.0])
 
 
@@ -2189,15 +2109,6 @@ def test_training_hides_its_share_of_the_tokens(N, share, monkeypatch):
         assert len(hidden.flatten(0, 1).unique(dim=0)) > 1000
 
 
-def test_training_hides_more_of_the_low_levels():
-    """The share at each level against the mean of the truncated Gaussian."""
-    bounds = mask_bounds(3)
-    hidden = training_mask(bounds.expand(4000, 3), 16)
-    for i, lower in enumerate(bounds.tolist()):
-        want = scipy.stats.truncnorm((lower - 1) / 0.25, 0, loc=1, scale=0.25).mean()
-        assert hidden[:, i].float().mean().item() == pytest.approx(want, abs=0.01)
-
-
 def test_sampling_hides_the_first_tokens_of_an_order():
     order = torch.stack([torch.randperm(16) for _ in range(3)])
     for F in (1, 2, 3, 10):
@@ -2224,18 +2135,13 @@ def all_levels(B, F=3):
     return torch.arange(F).expand(B, -1)
 
 
-def z_of_levels(model, tokens, level, labels, hidden=None):
-    """z [B, L, N, W] in one pass, as in training, of tokens [B, L, N, D] of levels [B, L]; hidden
-    is [B, L, N]."""
+def z_of_all_levels(model, tokens, labels, hidden=None):
+    """z [B, F, N, W] in one pass, as in training, of tokens [B, F, N, D]; hidden: [B, F, N]."""
     labels = far.read_labels(model, labels, len(tokens))
+    level = all_levels(len(tokens)).flatten()
     if hidden is not None:
         hidden = hidden.flatten(0, 1)
-    z = model.transformer(tokens.flatten(0, 1), level.flatten(), labels, hidden)
-    return z.view(*level.shape, *z.shape[1:])
-
-
-def z_of_all_levels(model, tokens, labels, hidden=None):
-    return z_of_levels(model, tokens, all_levels(len(tokens)), labels, hidden)
+    return model.transformer(tokens.flatten(0, 1), level, labels, hidden).unflatten(0, (-1, 3))
 
 
 @pytest.mark.parametrize("settings", VARIANTS)
@@ -2278,23 +2184,6 @@ def test_level_by_level_with_a_cache_is_the_pass_of_training(settings, masked):
             hidden_now = hidden[:, i]
         got = model.transformer.next_level(tokens[:, i], i, labels, cache, hidden_now)
         assert torch.allclose(got, z[:, i], atol=1e-5)
-        if model.config.attention == "causal":
-            length = model.config.cond_tokens + 16 * (i + 1)
-            assert all(kept["k"].shape == (2, 2, length, 8) for kept in cache)
-        else:
-            assert not any(cache)
-
-
-def test_markov_needs_no_other_level():
-    """Any of the levels in any order, each as if it were alone."""
-    model, labels = tiny(attention="markov"), torch.arange(4)
-    tokens = torch.randn(4, 2, 16, 4)
-    level = torch.tensor([[0, 1], [2, 0], [1, 2], [2, 1]])
-    z = z_of_levels(model, tokens, level, labels)
-    for image, place in itertools.product(range(4), range(2)):
-        one = (slice(image, image + 1), slice(place, place + 1))
-        alone = z_of_levels(model, tokens[one], level[one], labels[one[0]])
-        assert torch.allclose(z[one], alone, atol=1e-5)
 
 
 def test_positions_are_sines_and_cosines_of_row_and_column():
@@ -2306,27 +2195,9 @@ def test_positions_are_sines_and_cosines_of_row_and_column():
         want = [math.sin(row * frequency), math.cos(row * frequency)]
         want += [math.sin(column * frequency), math.cos(column * frequency)]
         assert e[place, [k, 4 + k, 8 + k, 12 + k]].tolist() == pytest.approx(want, abs=1e-5)
-    # The inner product of two places depends on their distance alone, and falls with it.
-    product = (e @ e.T).view(5, 5, 5, 5)
-    assert torch.allclose(product[:4, :4, :4, :4], product[1:, 1:, 1:, 1:], atol=1e-5)
-    assert (product < product[0, 0, 0, 0] + 1e-5).all()
     fresh = FAR(FARConfig.preset("digits"))
     assert torch.equal(fresh.transformer.position, far.sincos_2d(2, 128))
     assert torch.equal(fresh.head.position, far.sincos_2d(2, 128))
-
-
-def test_every_condition_token_position_and_level_matters():
-    model = tiny(cond_tokens=3)
-    tokens = torch.zeros(1, 3, 16, 4)
-    before = z_of_all_levels(model, tokens, torch.tensor([3]))
-    transformer = model.transformer
-    for table in (transformer.condition_position, transformer.position, transformer.level.weight):
-        for row in range(len(table)):
-            kept = table[row].detach().clone()
-            table.data[row] = torch.randn(16)
-            after = z_of_all_levels(model, tokens, torch.tensor([3]))
-            assert largest_difference(after, before) > 1e-4
-            table.data[row] = kept
 
 
 def test_tokens_are_embedded_with_position_level_and_label():
@@ -2362,31 +2233,19 @@ def test_the_condition_stands_in_front(attention, record):
         assert torch.allclose(sequence[:, :3], want, atol=1e-5)
 
 
-def test_the_condition_sees_itself_alone(record):
-    model = tiny(cond_tokens=3)
-    calls = record(model.transformer.blocks[1], "forward")
-    for tokens in (torch.randn(2, 3, 16, 4), torch.randn(2, 3, 16, 4)):
-        z_of_all_levels(model, tokens, torch.tensor([1, 2]))
-    first, second = calls
-    assert torch.equal(first[0][:, :3], second[0][:, :3])
-    assert not torch.allclose(first[0][:, 3:], second[0][:, 3:])
-
-
-def test_dropout_is_in_every_block_and_for_training_alone():
-    tokens = torch.randn(2, 3, 16, 4)
-    for place in ("attention", "branches"):  # each without the other
-        model = tiny(dropout=0.3)
-        for block in model.transformer.blocks:
-            assert block.attention.dropout == block.dropout.p == 0.3
-            if place == "attention":
-                block.dropout.p = 0.0
-            else:
-                block.attention.dropout = 0.0
-        a, b = (z_of_all_levels(model.train(), tokens, None) for _ in range(2))
-        c, d = (z_of_all_levels(model.eval(), tokens, None) for _ in range(2))
-        assert torch.equal(c, d)
-        assert not torch.allclose(a, b)
-        assert not torch.allclose(a, c)
+@pytest.mark.parametrize("place", ["attention", "branches"])
+def test_dropout_is_in_every_block_and_for_training_alone(place):
+    model, tokens = tiny(dropout=0.3), torch.randn(2, 3, 16, 4)
+    for block in model.transformer.blocks:
+        assert block.attention.dropout == block.dropout.p == 0.3
+        if place == "attention":
+            block.dropout.p = 0.0
+        else:
+            block.attention.dropout = 0.0
+    a, b = (z_of_all_levels(model.train(), tokens, None) for _ in range(2))
+    c, d = (z_of_all_levels(model.eval(), tokens, None) for _ in range(2))
+    assert torch.equal(c, d)
+    assert not torch.allclose(a, b)
 
 
 def test_a_block_normalises_what_its_layers_read():
@@ -2397,18 +2256,6 @@ def test_a_block_normalises_what_its_layers_read():
     want = x + block.attention(block.norm1(x), mask)
     want = want + block.mlp(block.norm2(want))
     assert torch.allclose(block(x, mask), want, atol=1e-5)
-
-
-def test_attention_scales_by_the_square_root_of_the_width_of_a_head():
-    attention, x = far.Attention(12, 3), torch.randn(2, 5, 12)
-    q, k, v = attention.qkv(x).split(12, -1)
-    heads = []
-    for h in range(3):
-        part = slice(4 * h, 4 * h + 4)
-        scores = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(4)
-        heads.append(scores.softmax(-1) @ v[..., part])
-    want = attention.out(torch.cat(heads, -1))
-    assert torch.allclose(attention(x), want, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -2501,28 +2348,6 @@ def no_draw():
 PATHS = list(itertools.product(SCHEDULES, PREDICTIONS))
 
 
-def test_linear_schedule_by_formula():
-    t = torch.linspace(0, 1, 50, dtype=torch.float64)
-    alpha, sigma, a, b = Path("linear", "v")(t)
-    np.testing.assert_allclose(alpha, 1 - t)
-    np.testing.assert_allclose(sigma, t)
-    np.testing.assert_allclose(a, -np.ones(50))
-    np.testing.assert_allclose(b, np.ones(50))
-
-
-def test_cosine_schedule_by_formula():
-    t = torch.linspace(0, 1, 50, dtype=torch.float64)
-    alpha, sigma, a, b = Path("cosine", "v")(t)
-
-    def f(t):
-        return np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
-
-    np.testing.assert_allclose(alpha**2, f(t.numpy()) / f(0), atol=1e-12)
-    np.testing.assert_allclose(alpha**2 + sigma**2, np.ones(50))
-    np.testing.assert_allclose(a, -sigma)
-    np.testing.assert_allclose(b, alpha)
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_velocity_points_along_the_path(schedule):
     """(a, b) is parallel to the derivative of (alpha, sigma) by t."""
@@ -2538,16 +2363,7 @@ def test_velocity_points_along_the_path(schedule):
 def test_denoise_inverts_noise(schedule, prediction):
     path = Path(schedule, prediction)
     x, eps, t = torch.randn(5, 4), torch.randn(5, 4), torch.rand(5, 1) * 0.9 + 0.02
-    x_t, target = path.noise(x, eps, t)
-    alpha, sigma, _, _ = path(t)
-    assert torch.allclose(x_t, alpha * x + sigma * eps)
-    assert torch.allclose(path.denoise(x_t, target, t), x, atol=1e-4)
-    want = eps
-    if prediction == "v" and schedule == "linear":
-        want = eps - x
-    if prediction == "v" and schedule == "cosine":
-        want = alpha * eps - sigma * x
-    assert torch.allclose(target, want)
+    assert torch.allclose(path.denoise(*path.noise(x, eps, t), t), x, atol=1e-4)
 
 
 def test_training_times():
@@ -2574,25 +2390,6 @@ def test_times_of_the_sampler(schedule, prediction, solver):
         assert times[0] > 0.9
     else:
         assert times[0].item() == pytest.approx(0.999)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
-def test_a_slightly_wrong_noise_predictor_is_not_amplified(schedule, solver):
-    """An error in the first step comes out at most 1/0.05 times as large."""
-    path, noise = Path(schedule, "eps"), normal_source(200)()
-    exact = gaussian_predictor(path, 0.5, 0.3)
-    times = []
-
-    def wrong_at_first(x_t, t):
-        times.append(t)
-        if len(times) == 1:
-            return exact(x_t, t) + 0.01
-        return exact(x_t, t)
-
-    a = path.sample(exact, noise, no_draw, 20, solver)
-    b = path.sample(wrong_at_first, noise, no_draw, 20, solver)
-    assert 0 < largest_difference(a, b) < 0.01 / 0.05
 
 
 @pytest.mark.parametrize("schedule, prediction", PATHS)
@@ -2660,110 +2457,6 @@ def test_the_ancestral_step_is_bayes_rule(schedule):
     assert deviation == 0
 
 
-@pytest.mark.parametrize("variance, theirs", [(0, "fixed_small"), (1, "fixed_large")])
-def test_cosine_ddpm_against_diffusers(variance, theirs):
-    """1000 steps of an independent library: signal levels, mean and both variances of a step."""
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDPMScheduler(
-        1000,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="epsilon",
-        clip_sample=False,
-        variance_type=theirs,
-    )
-    path = Path("cosine", "eps")
-    t = (torch.arange(1000, dtype=torch.float64) + 1) / 1000
-    squares = path(t[:-1])[0] ** 2
-    np.testing.assert_allclose(squares, scheduler.alphas_cumprod[:-1], rtol=1e-3, atol=1e-7)
-    for n in (900, 500, 50):
-        x_t, eps = torch.randn(2, 6, 1, dtype=torch.float64)
-        x_hat = path.denoise(x_t, eps, t[n])
-        mean, deviation = path.step(x_t, x_hat, t[n], t[n - 1], True, variance)
-        noise = torch.randn(6, 1, dtype=torch.float64, generator=seeded())  # what theirs draws
-        want = scheduler.step(eps, n, x_t, generator=seeded()).prev_sample
-        np.testing.assert_allclose(mean + deviation * noise, want, rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose(deviation**2, scheduler._get_variance(n), rtol=2e-3)
-
-
-def test_few_ancestral_steps_lose_or_add_diversity():
-    """With the smaller variance an exact predictor keeps less of the deviation of the data, with
-    the larger one more, and with more steps each loses less."""
-    path = Path("cosine", "eps")
-    spread = {}
-    for steps, variance in itertools.product((40, 100), (0, 0.5, 1)):
-        draw = normal_source(20000)
-        network = gaussian_predictor(path, 0.0, 0.5)
-        x = path.sample(network, draw(), draw, steps, "ddpm", variance=variance)
-        spread[steps, variance] = x.std().item() / 0.5
-    for steps in (40, 100):
-        assert spread[steps, 0] < spread[steps, 0.5] < spread[steps, 1]
-    assert 0.85 < spread[40, 0] < spread[100, 0] < 0.99
-
-
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
-def test_temperature_scales_the_starting_noise_of_deterministic_solvers(solver):
-    path, noise = Path("linear", "v"), normal_source(1000)()
-    network = gaussian_predictor(path, 0.5, 0.3)
-    half = path.sample(network, noise, no_draw, 20, solver, temperature=0.5)
-    assert torch.equal(half, path.sample(network, 0.5 * noise, no_draw, 20, solver))
-
-
-def test_temperature_scales_only_the_noise_of_ancestral_steps():
-    """Against the chain of steps written out; the last step adds none, and ends at xhat."""
-    path, noise, steps = Path("cosine", "eps"), normal_source(50)(), 6
-    network = gaussian_predictor(path, 0.5, 0.3)
-    draws = []
-
-    def draw():
-        draws.append(normal_source(50, 10 + len(draws))())
-        return draws[-1]
-
-    for T in (0.0, 0.7):
-        draws.clear()
-        got = path.sample(network, noise, draw, steps, "ddpm", temperature=T)
-        assert len(draws) == steps - 1
-        times, x = path.times(steps, "ddpm"), noise
-        for n in range(steps):
-            t, s = times[n], times[n + 1]
-            x_hat = path.denoise(x, network(x, t), t)
-            mean, deviation = path.step(x, x_hat, t, s, ancestral=True)
-            x = mean
-            if n < steps - 1:
-                x = mean + T * deviation * draws[n]
-        assert torch.allclose(got, x)
-        assert torch.allclose(got, x_hat)
-
-
-@pytest.mark.parametrize("schedule, prediction", PATHS)
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_the_sampler_starts_with_the_deviation_that_training_saw(schedule, prediction, solver):
-    """At 0.999 that is nearly 1; where a sampler starts later, sigma."""
-    path, noise, seen = Path(schedule, prediction), torch.randn(3, 4), []
-
-    def network(x_t, t):
-        seen.append((x_t, t))
-        return torch.zeros_like(x_t)
-
-    path.sample(network, noise, normal_source(3), 2, solver)
-    x_t, t = seen[0]
-    assert torch.allclose(x_t, path(t)[1] * noise, rtol=0.002)
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_the_network_is_asked_once_per_step(solver):
-    path, times = Path("linear", "v"), []
-
-    def network(x_t, t):
-        assert t.ndim == 0
-        times.append(t)
-        return torch.zeros_like(x_t)
-
-    for steps in (1, 2, 5):
-        times.clear()
-        path.sample(network, torch.randn(3, 4), normal_source(3), steps, solver)
-        assert torch.equal(torch.stack(times), path.times(steps, solver)[:-1])
-
-
 # ==== Diffusion head
 @pytest.mark.parametrize("mixing", [True, False])
 def test_a_mixing_head_sees_its_own_level_and_no_other(mixing):
@@ -2792,24 +2485,6 @@ def test_a_mixing_head_sees_its_own_level_and_no_other(mixing):
             assert not others.any()
 
 
-@pytest.mark.parametrize("mixing", [True, False])
-def test_head_depends_on_time_level_label_and_z(mixing):
-    """The paper's head knows the label through z alone."""
-    model = tiny(head_mixing=mixing)
-    x_t = torch.randn(1, 16, 4)
-
-    def output(z=0.0, t=0.4, level=1, label=4):
-        z = torch.full((1, 16, 16), z)
-        read = model.head.read(z, torch.tensor([level]), torch.tensor([[label]]))
-        return model.head(x_t, torch.full((1, 1), t), *read)
-
-    before = output()
-    assert largest_difference(output(z=1.0), before) > 1e-4
-    assert largest_difference(output(t=0.5), before) > 1e-4
-    assert largest_difference(output(level=2), before) > 1e-4
-    assert (largest_difference(output(label=7), before) > 1e-4) == mixing
-
-
 def test_predictions_are_float32_under_autocast():
     """So that loss and sampler do not compute in bfloat16."""
     model = tiny()
@@ -2822,12 +2497,16 @@ def test_predictions_are_float32_under_autocast():
     assert prediction.dtype == losses.dtype == drawn.dtype == torch.float32
 
 
-def test_time_embedding_is_that_of_1000_t(record):
+def test_the_head_knows_the_time_by_sines_and_cosines_of_1000_t(record):
     """32 cosines and 32 sines, with periods from 2 pi to nearly 10,000 times as long."""
     model = tiny()
     calls = record(model.head.time, "forward")
+    x_t, times = torch.zeros(2, 16, 4), torch.tensor([[0.25], [0.7]])
     added = torch.zeros(2, 16, 16)
-    model.head(torch.zeros(2, 16, 4), torch.tensor([[0.25], [0.7]]), added, added)
+    output = model.head(x_t, times, added, added)
+    assert largest_difference(output[0], output[1]) > 1e-4
+    other = model.head(x_t, times, torch.randn(2, 16, 16), added)
+    assert largest_difference(other, output) > 1e-4
     got = calls[0][0]
     for s, t in enumerate((0.25, 0.7)):
         angle = 1000 * t / 10000 ** (np.arange(32) / 32)
@@ -2835,43 +2514,18 @@ def test_time_embedding_is_that_of_1000_t(record):
         np.testing.assert_allclose(got[s, 0], want, atol=1e-3)
 
 
-def test_a_mixing_head_trains_all_tokens_at_one_time_and_the_paper_s_each_at_its_own(record):
-    for mixing, shape in ((True, (5, 1, 1)), (False, (5, 16, 1))):
-        model = tiny(head_mixing=mixing, attention="markov")
-        calls = record(model.head.path, "noise")
-        model(some_images(5))
-        times = calls[0][2]
-        assert times.shape == shape
-        assert len(times.unique()) == times.numel()
-
-
-def test_positions_in_the_head():
-    """Added to z; a token head, which draws each token by itself, knows no places."""
-    model = tiny()
-    z, level, labels = torch.randn(2, 16, 16), torch.tensor([0, 1]), torch.tensor([[1], [2]])
-    added, steer = model.head.read(z, level, labels)
-    assert torch.allclose(added, model.head.z(z) + model.head.position, atol=1e-5)
-    assert steer.shape == (2, 1, 16)
-    token = tiny(head_mixing=False)
-    same_z, same_x = torch.ones(2, 16, 16), torch.ones(2, 16, 4)
-    read = token.head.read(same_z, level, labels)
-    out = token.head(same_x, torch.full((2, 16), 0.4), *read)
-    assert torch.allclose(out, out[:, :1].expand(2, 16, 4), atol=1e-5)
-    assert not torch.allclose(out[0], out[1], atol=1e-3)
-
-
-def test_what_steers_the_head():
-    """Level, label (by its mean) and z: the mean over tokens if they mix, else each token's."""
-    level = torch.tensor([2, 0])
-    model = tiny(cond_dim=5, cond_tokens=3)
-    head, z, labels = model.head, torch.randn(2, 16, 16), torch.randn(2, 3, 5)
-    _, steer = head.read(z, level, labels)
+def test_what_the_head_reads():
+    """Level and z steer it. With mixing, which denoises all tokens at one time, it is the mean over
+    tokens and labels, and z with positions is added to the noisy tokens."""
+    level, z, labels = torch.tensor([2, 0]), torch.randn(2, 16, 16), torch.randn(2, 3, 5)
+    head = tiny(cond_dim=5, cond_tokens=3).head
+    added, steer = head.read(z, level, labels)
     want = head.z(z).mean(1) + head.level.weight[level] + head.label(labels.mean(1))
-    assert torch.allclose(steer[:, 0], want, atol=1e-5)
+    assert torch.allclose(steer, want[:, None], atol=1e-5)
+    assert torch.allclose(added, head.z(z) + head.position, atol=1e-5)
     head = tiny(head_mixing=False).head
     added, steer = head.read(z, level, None)
-    want = head.z(z) + head.level.weight[level][:, None]
-    assert torch.allclose(steer, want, atol=1e-5)
+    assert torch.allclose(steer, head.z(z) + head.level.weight[level][:, None], atol=1e-5)
     assert added == 0
 
 
@@ -2885,78 +2539,6 @@ def test_a_fresh_head_is_adaln_zero(mixing):
     labels = torch.zeros(2, 1, dtype=torch.int64)
     read = head.read(torch.randn(2, 4, 128), torch.tensor([0, 1]), labels)
     assert not head(torch.randn(2, 4, 16), torch.rand(2, 1), *read).any()
-
-
-@pytest.mark.parametrize("schedule, prediction", PATHS)
-@pytest.mark.parametrize("mixing, shift", [(False, 1), (True, 1), (True, 0.4)])
-def test_loss_of_an_exact_predictor_is_its_minimum(
-    schedule, prediction, mixing, shift, monkeypatch
-):
-    """For data N(0, s^2) the variance of v given x_t is s^2 / (alpha^2 s^2 + sigma^2), and of eps
-    alpha^2 times that: their mean over the training times."""
-    s = 0.7
-    settings = dict(schedule=schedule, prediction=prediction, head_mixing=mixing)
-    head = FAR(FARConfig.preset("digits", **settings, time_shift=shift)).head
-    exact = gaussian_predictor(head.path, 0.0, s)
-
-    def forward(x_t, t, added, steer):
-        return exact(x_t, t[..., None])
-
-    monkeypatch.setattr(head, "forward", forward)
-    x, noise, z = s * torch.randn(9000, 4, 16), torch.randn(9000, 4, 16), torch.zeros(9000, 4, 128)
-    labels = torch.zeros(9000, 1, dtype=torch.int64)
-    level = torch.arange(9000) % 3
-    loss = head.loss(x, noise, z, level, labels, torch.clone)
-    assert loss.shape == (9000,)
-
-    def least(odds):
-        """At the time of odds t / (1 - t), shifted."""
-        t = shift * odds / (1 + shift * odds)
-        alpha, sigma, _, _ = (v.item() for v in head.path(torch.tensor(t, dtype=torch.float64)))
-        variance = s**2 / (alpha**2 * s**2 + sigma**2)
-        if prediction == "eps":
-            variance *= alpha**2
-        return variance
-
-    def least_logit_normal(u):
-        return least(math.exp(u)) * scipy.stats.norm.pdf(u)
-
-    def least_uniform(t):
-        return least(t / (1 - t))
-
-    if schedule == "linear":
-        want = scipy.integrate.quad(least_logit_normal, -8, 8)[0]
-    else:
-        want = scipy.integrate.quad(least_uniform, 0, 1)[0]
-    assert loss.mean().item() == pytest.approx(want, rel=0.02)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(),
-        dict(attention="markov", levels_per_image=1),
-        dict(attention="markov", levels_per_image=2, head_mixing=False),
-    ],
-)
-def test_each_level_trains_at_its_own_times(settings, record, monkeypatch):
-    """Odds t / (1 - t) of 1/4 become 0.35, 1 and 2.5 times as high; sampling keeps its times."""
-    shifts = torch.tensor([0.35, 1.0, 2.5])
-    model = tiny(time_shift=shifts, head_draws=2, **settings)
-
-    def draw_t(self, *shape, device=None):
-        return torch.full(shape, 0.2)
-
-    monkeypatch.setattr(Path, "draw_t", draw_t)
-    into_noise, into_loss = record(model.head.path, "noise"), record(model.head, "loss")
-    model(some_images(12), torch.arange(12) % 10)
-    ((_, _, t),), ((_, _, _, level, *_),) = into_noise, into_loss
-    want = 0.25 * shifts[level][:, None, None]
-    assert torch.allclose(t / (1 - t), want.expand_as(t))
-    assert set(level.tolist()) == {0, 1, 2}
-    x = model.sample(2, generator=seeded())
-    model.head.time_shift.fill_(1)
-    assert torch.equal(model.sample(2, generator=seeded()), x)
 
 
 # ==== Loss
@@ -3054,26 +2636,6 @@ def test_levels_in_one_batch_have_the_losses_of_each_alone(settings, B, record, 
             item += 1
 
 
-def test_the_loss_judges_what_the_sampler_uses():
-    """With a soft filter too, where filtering an error is not the same: a prediction of zeros errs
-    by the whole target."""
-    model = tiny()
-    torch.nn.init.zeros_(model.head.output.weight)
-    torch.nn.init.zeros_(model.head.output.bias)
-    target, noise, z = torch.randn(50, 16, 4), torch.randn(50, 16, 4), torch.randn(50, 16, 16)
-    level, labels = torch.arange(50) % 3, torch.zeros(50, 1, dtype=torch.int64)
-    losses = []
-    for gain in (1.0, 0.5):
-
-        def soft(prediction, gain=gain):
-            return gain * prediction
-
-        torch.manual_seed(1)
-        losses.append(model.head.loss(target, noise, z, level, labels, soft))
-    assert torch.equal(*losses)
-    assert losses[0].mean() > 0.5
-
-
 def test_a_level_that_adds_nothing_draws_nothing():
     """Two levels of the same frequencies: nothing is divided by the deviation of zeros."""
     model = tiny(target="residual", levels=(0.2, 0.22, 1.0))
@@ -3108,56 +2670,27 @@ def test_causal_attention_trains_all_levels_whatever_is_asked():
     assert levels.tolist() == [[0, 1, 2]] * 4
 
 
-@pytest.mark.parametrize("weighting", [False, True])
-@pytest.mark.parametrize("L", [0, 1, 2])
-def test_loss_is_the_weighted_mean_over_levels(weighting, L, monkeypatch):
-    """The loss of level i is set to 10^i."""
-    settings = dict(attention="markov", levels_per_image=L, loss_weighting=weighting)
-    model = tiny(**settings)
-
-    def losses(images, labels, level):
-        return 10.0**level
-
-    monkeypatch.setattr(model, "losses", losses)
-    w = [1, 1, 1]
-    if weighting:
-        w = [1.5, 1 + math.sqrt(3) / 2, 2]
-    loss = model(some_images(30), torch.arange(30) % 10)
-    assert loss.ndim == 0
-    assert loss.item() == pytest.approx((w[0] + 10 * w[1] + 100 * w[2]) / 3, rel=1e-5)
-    by_level = model.level_losses(some_images(30), torch.arange(30) % 10)
-    assert by_level.tolist() == pytest.approx([1, 10, 100])
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(
-    "settings", [dict(), dict(mask=True), dict(attention="markov", levels_per_image=0)]
-)
-def test_level_losses_say_what_training_says(settings, training):
-    """The loss is their weighted mean, in evaluation mode too: masks hide tokens in both."""
-    model = tiny(**settings, label_dropout=0.0).train(training)
+@pytest.mark.parametrize("settings", [dict(), dict(mask=True), dict(loss_weighting=False)])
+@pytest.mark.parametrize("attention", ["causal", "markov"])
+def test_level_losses_say_what_training_says(settings, attention):
+    """The loss is their weighted mean, and the same in both modes: masks hide tokens in both."""
+    model = tiny(**settings, attention=attention, levels_per_image=0, label_dropout=0.0)
     images, labels = some_images(20), torch.arange(20) % 10
-    torch.manual_seed(1)
-    loss = model(images, labels).item()
-    torch.manual_seed(1)
-    by_level = model.level_losses(images, labels)
-    assert by_level.shape == (3,)
-    assert loss == pytest.approx((loss_weights(3) * by_level).mean().item(), rel=1e-5)
-
-
-def test_training_and_evaluation_hide_the_same_tokens():
-    model = tiny(mask=True, label_dropout=0.0)
-    images, losses = some_images(20), []
+    weights = loss_weights(3)
+    if not model.config.loss_weighting:
+        weights = torch.ones(3)
+    losses = []
     for training in (True, False):
         torch.manual_seed(1)
-        losses.append(model.train(training).level_losses(images))
+        loss = model.train(training)(images, labels).item()
+        torch.manual_seed(1)
+        losses.append(model.level_losses(images, labels))
+        assert loss == pytest.approx((weights * losses[-1]).mean().item(), rel=1e-5)
     assert torch.equal(*losses)
 
 
-def test_masks_hide_inputs_and_no_targets(record, monkeypatch):
-    """Bounds of each level go in; what comes out goes to the transformer; the rest is as before."""
-    model = tiny(mask=True)
-    images, bounds = some_images(6), []
+def test_masks_hide_inputs_by_the_bounds_of_their_levels(record, monkeypatch):
+    model, bounds = tiny(mask=True), []
     mask = torch.rand(18, 16) < 0.5
 
     def fixed_mask(lower, N):
@@ -3165,39 +2698,23 @@ def test_masks_hide_inputs_and_no_targets(record, monkeypatch):
         return mask
 
     monkeypatch.setattr(far, "training_mask", fixed_mask)
-    into_transformer, into_loss = record(model.transformer, "forward"), record(model.head, "loss")
-    model(images, torch.arange(6))
+    into_transformer = record(model.transformer, "forward")
+    model(some_images(6), torch.arange(6))
     ((lower, N),) = bounds
     assert N == 16
     assert torch.equal(lower, mask_bounds(3).repeat(6))
-    ((tokens, _, _, hidden),) = into_transformer
-    assert hidden is mask
-    assert torch.allclose(tokens[1::3], patchify(far.dct(images, 0.25), 2), atol=1e-5)
-    assert torch.equal(into_loss[0][0], patchify(images, 2).repeat_interleave(3, 0))
+    assert into_transformer[0][3] is mask
 
 
-def test_hidden_tokens_are_not_read():
-    model = tiny(mask=True)
-    tokens, hidden = torch.randn(2, 3, 16, 4), torch.rand(2, 3, 16) < 0.5
-    z = z_of_all_levels(model, tokens, None, hidden)
-    changed = torch.where(hidden[..., None], torch.randn_like(tokens), tokens)
-    assert torch.equal(z_of_all_levels(model, changed, None, hidden), z)
-    changed = torch.where(hidden[..., None], tokens, torch.randn_like(tokens))
-    assert not torch.allclose(z_of_all_levels(model, changed, None, hidden), z, atol=0.01)
-
-
-@pytest.mark.parametrize("settings", [dict(), dict(cond_dim=5, cond_tokens=2)])
-def test_labels_are_dropped_in_training_alone(settings):
-    images = some_images(8)
-    for dropout, training in itertools.product((0.0, 1.0), (True, False)):
-        model = tiny(label_dropout=dropout, **settings).train(training)
-        labels = some_labels(model, 8)
-        losses = []
-        for given in (labels, labels.flip(0)):
-            torch.manual_seed(1)
-            losses.append(model(images, given).item())
-        forgotten = dropout == 1.0 and training
-        assert (losses[0] == losses[1]) == forgotten
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_labels_are_dropped_in_training_alone(dropout, training):
+    model = tiny(label_dropout=dropout).train(training)
+    images, labels, losses = some_images(8), torch.arange(8), []
+    for given in (labels, labels.flip(0)):
+        torch.manual_seed(1)
+        losses.append(model(images, given).item())
+    assert (losses[0] == losses[1]) == (dropout == 1.0 and training)
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(cond_dim=5, cond_tokens=2)])
@@ -3262,29 +2779,6 @@ def test_units_are_deviations_of_what_levels_draw():
     model = tiny()
     model.set_units(3 * some_images(10))
     assert model.noise_unit.tolist() == model.unit.tolist() == [1, 1, 1]
-
-
-def test_average_moves_weights_and_copies_units():
-    average, model = tiny(seed=0, target="residual"), tiny(seed=1, target="residual")
-    model.set_units(some_images(50))
-    before = {name: p.detach().clone() for name, p in average.named_parameters()}
-    other = dict(model.named_parameters())
-    average.average(model, 0.75)
-    for name, parameter in average.named_parameters():
-        want = 0.75 * before[name] + 0.25 * other[name]
-        assert torch.allclose(parameter, want, atol=1e-5)
-    assert torch.equal(average.unit, model.unit)
-    assert torch.equal(average.noise_unit, model.noise_unit)
-    assert average.unit is not model.unit
-
-
-def test_uint8_and_float_images_agree():
-    model, x = tiny(), torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
-    losses = []
-    for images in (x, x.float() / 127.5 - 1):
-        torch.manual_seed(1)
-        losses.append(model(images, torch.arange(4)))
-    assert torch.equal(*losses)
 
 
 # ==== Sampling
@@ -3382,10 +2876,6 @@ def test_the_head_does_not_run_where_levels_are_given(record):
     calls = record(model.head, "forward")
     model.sample(2, start=(some_images(2), 2), head_steps=4)
     assert len(calls) == 4
-    assert torch.equal(
-        model.sample(2, start=(some_images(2), 0), generator=seeded()),
-        model.sample(2, generator=seeded()),
-    )
 
 
 @pytest.mark.parametrize("kept", [(0.5, 1.0), (0.25, 1.0), (1.0,)])
@@ -3459,38 +2949,6 @@ def test_all_noise_of_a_level_lies_in_what_it_draws_with_deviation_1(target, mon
             assert x.std().item() == pytest.approx(1, abs=0.05)
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_predictions_are_cut_to_what_a_level_draws(guided):
-    model = tiny(target="next")
-    labels = far.read_labels(model, torch.tensor([1, 2]), 2)
-    z = torch.randn(4, 16, 16)
-    if guided:
-        labels = torch.cat([labels, model.no_labels(2)])
-    else:
-        z = z[:2]
-    network = model.guided(z, 1, labels, 2.0)
-    prediction = unpatchify(network(torch.randn(2, 16, 4), torch.tensor(0.5)), 2, 1)
-    assert torch.allclose(far.dct(prediction, 0.5), prediction, atol=1e-5)
-    assert prediction.std() > 1e-3
-
-
-def test_guidance_extrapolates_from_without_label_to_with_label():
-    """One level, one step: the image is linear in the prediction, x(g) = u + g (x(1) - u)."""
-    model = tiny(levels=(1.0,), head_steps=1, solver="ddim")
-    labels = torch.full((5,), 3)
-
-    def draw(labels, **settings):
-        return model.sample(labels, generator=seeded(), **settings)
-
-    u, p = draw(5), draw(labels)
-    assert largest_difference(p, u) > 0.01
-    for g in (3.0, 0.5):
-        guided = draw(labels, guidance=g, guidance_schedule="constant")
-        assert torch.allclose(guided, u + g * (p - u), atol=1e-4)
-    assert torch.allclose(draw(labels, guidance=[0.0]), u, atol=1e-5)
-    assert torch.equal(draw(labels, guidance=3.0), p)  # linear starts from 1 at the first level
-
-
 def draw_by_hand(model, labels, guidance, steps, generator):
     """Guided sampling from the pass of training: both halves whole at every level."""
     B, p = len(labels), model.config.patch_size
@@ -3530,10 +2988,8 @@ def test_guided_sampling_by_hand(settings, record):
 
 def test_no_half_without_labels_where_nothing_is_guided(record):
     model = tiny()
-    into_transformer, into_head = (
-        record(model.transformer, "next_level"),
-        record(model.head, "forward"),
-    )
+    into_transformer = record(model.transformer, "next_level")
+    into_head = record(model.head, "forward")
     for labels, guidance in ((torch.arange(3), 1.0), (3, 4.0)):
         into_transformer.clear()
         into_head.clear()
@@ -3542,27 +2998,19 @@ def test_no_half_without_labels_where_nothing_is_guided(record):
         assert [len(call[0]) for call in into_head] == [3] * 6
 
 
-@pytest.mark.parametrize("F", [3, 4])
-def test_sampling_hides_tokens_in_one_order_per_image(F, record):
-    """N cos(pi/2 i/F) of them at level i: all at level 0, fewer and fewer after; the same in both
-    halves of guidance; and every token is drawn."""
-    model = tiny(mask=True, levels=[(i + 1) / F for i in range(F)])
-    into_transformer, into_sampler = (
-        record(model.transformer, "next_level"),
-        record(model.head.path, "sample"),
-    )
+def test_sampling_hides_tokens_in_one_order_per_image(record):
+    """The same at all levels and in both halves of guidance."""
+    model = tiny(mask=True)
+    masks = record(far, "sampling_mask")
+    into_transformer = record(model.transformer, "next_level")
     model.sample(torch.arange(5), guidance=2.0, generator=seeded())
-    hidden = torch.stack([call[4] for call in into_transformer])
-    assert hidden.shape == (F, 10, 16)
-    assert torch.equal(hidden[:, :5], hidden[:, 5:])
-    counts = hidden.sum(-1)
-    for i in range(F):
-        want = math.ceil(16 * math.cos(math.pi / 2 * i / F) - 1e-9)
-        assert (counts[i] == want).all()
-    assert hidden[0].all()
-    assert not (hidden[1:] & ~hidden[:-1]).any()  # what was seen stays seen
-    assert len(hidden[1, :5].unique(dim=0)) > 1  # each image has its own order
-    assert [call[1].shape for call in into_sampler] == [(5, 16, 4)] * F
+    assert [call[1:] for call in masks] == [(0, 3), (1, 3), (2, 3)]
+    rank = masks[0][0]
+    assert torch.equal(rank.sort().values, torch.arange(16).expand(5, -1))
+    assert len(rank.unique(dim=0)) > 1
+    for i, call in enumerate(into_transformer):
+        assert masks[i][0] is rank
+        assert torch.equal(call[4], sampling_mask(rank, i, 3).repeat(2, 1))
 
 
 def test_every_token_is_drawn_whether_hidden_or_not(monkeypatch):
@@ -3583,36 +3031,6 @@ def test_masks_may_be_left_out_in_sampling(record):
     without = model.sample(3, mask=False, generator=seeded())
     assert [call[4] for call in calls] == [None] * 3
     assert largest_difference(without, model.sample(3, generator=seeded())) > 0.01
-    for settings in (dict(), dict(mask=False)):
-        unmasked = tiny()
-        calls = record(unmasked.transformer, "next_level")
-        unmasked.sample(3, **settings)
-        assert [call[4] for call in calls] == [None] * 3
-
-
-def test_transformer_and_head_run_as_often_as_needed(record):
-    """The transformer once per level, the head once per step; it reads z once per level."""
-    model = tiny()
-    into_transformer = record(model.transformer, "next_level")
-    into_head, reads = record(model.head, "forward"), record(model.head, "read")
-    for steps, count in ((2, 6), ([1, 2, 4], 7)):
-        for calls in (into_transformer, into_head, reads):
-            calls.clear()
-        model.sample(torch.arange(2), head_steps=steps, guidance=2.0)
-        assert len(into_transformer) == 3
-        assert len(into_head) == count
-        assert len(reads) == 3
-
-
-def test_the_transformer_reads_x_i(record):
-    model = tiny()
-    calls = record(model.transformer, "next_level")
-    levels = model.sample(torch.arange(2), guidance=2.0, return_levels=True)
-    assert [call[1] for call in calls] == [0, 1, 2]
-    states = [torch.zeros(2, 1, 8, 8), levels[:, 0], levels[:, 1]]
-    for call, x in zip(calls, states, strict=True):
-        assert torch.equal(call[0], patchify(x, 2).repeat(2, 1, 1))
-        assert call[2].flatten().tolist() == [0, 1, 10, 10]
 
 
 def test_sampling_is_the_same_in_training_mode(monkeypatch):
@@ -3625,9 +3043,6 @@ def test_sampling_is_the_same_in_training_mode(monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert model.head.training
-    for labels, generator in ((torch.tensor([10]), None), (1, 5)):
-        with pytest.raises(ValueError):
-            model.sample(labels, generator=generator)
 
     def broken(*arguments):
         raise ZeroDivisionError
@@ -3665,15 +3080,6 @@ def test_generators():
     assert largest_difference(a, model.sample(labels)) > 0.01
     torch.manual_seed(5)
     assert torch.equal(model.sample(labels), a)
-
-
-def test_guidance_1_is_sampling_with_labels_alone():
-    model, labels = tiny(), torch.arange(4)
-    plain = model.sample(labels, generator=seeded())
-    constant = dict(guidance_schedule="constant")
-    assert torch.equal(model.sample(labels, guidance=1.0, generator=seeded()), plain)
-    near = model.sample(labels, guidance=1.0001, generator=seeded(), **constant)
-    assert torch.allclose(near, plain, atol=1e-2)
 
 
 def test_sample_may_change_the_schedule_of_guidance_alone(record):
@@ -3789,71 +3195,49 @@ def test_shipped_cifar_weights():
 @pytest.mark.parametrize(
     "settings, words",
     [
+        (dict(name="huge"), "preset is 'huge'; it must be one of digits, cifar"),
+        (dict(name="cifar_cascade", paper=True), "cifar_cascade is no FAR"),
         (dict(colour=1), r"unknown settings \['colour'\]; allowed: image_size"),
         (dict(ordering="spiral"), "ordering is 'spiral'; it must be one of fourier, dct"),
         (dict(ordering=["dct"]), r"ordering is \['dct'\]"),
-        (dict(attention="full"), "one of causal, markov"),
-        (dict(prediction="x"), "one of v, eps"),
-        (dict(schedule="square"), "one of linear, cosine"),
-        (dict(target="half"), "one of full, next, residual"),
-        (dict(guidance_schedule="cosine"), "one of linear, constant"),
-        (dict(solver="heun"), "one of ddpm, ddim, dpmpp_2m"),
-        (dict(step_rule="free"), "one of paper, locked"),
         (dict(depth=0), "depth is 0; it must be a whole number of at least 1"),
-        (dict(depth=2.0), "depth is 2.0; it must be a whole number"),
         (dict(depth=True), "depth is True; it must be a whole number"),
-        (dict(depth="2"), "depth is '2'; it must be a whole number"),
         (dict(num_classes=-1), "num_classes is -1; .* at least 0"),
         (dict(label_dropout=1.5), r"label_dropout is 1.5; it must lie in \[0, 1\]"),
         (dict(dropout="a"), r"dropout is 'a'; it must lie in \[0, 1\]"),
-        (dict(variance=-0.1), r"variance is -0.1; it must lie in \[0, 1\]"),
-        (dict(mask="text"), "mask is 'text'; it must be True or False"),
         (dict(head_mixing=1), "head_mixing is 1; it must be True or False"),
         (dict(levels=(0.5, 0.25, 1)), "must increase"),
         (dict(levels=(0.5, 0.5, 1)), "must increase"),
         (dict(levels=(0.25, 0.5)), "exactly 1"),
-        (dict(levels=(0.5, 1.0, 1.5)), "exactly 1"),
         (dict(levels=(0.0, 1.0)), "above 0"),
         (dict(levels=()), "must increase"),
         (dict(levels=("a", 1)), "must increase"),
         (dict(levels=1.0), "levels are 1.0; they must increase"),
         (dict(levels_per_image=4), "levels_per_image is 4, more than the 3 levels"),
         (dict(patch_size=3), "image_size 8 is not divisible by 3"),
-        (dict(width=30, heads=4), "width 30 is not divisible by 4"),
         (dict(width=30, heads=3), "width 30 is not divisible by 4"),
         (dict(width=32, heads=3), "width 32 is not divisible by 3"),
         (dict(head_width=30, heads=2), "head_width 30 is not divisible by 4"),
         (dict(head_width=32, width=60, heads=3), "head_width 32 is not divisible by 3"),
         (dict(cond_dim=3, cond_tokens=0), "cond_dim needs cond_tokens"),
-        (
-            dict(head_steps=0),
-            "head_steps is 0; it must be a whole number >= 1, or 3, one per level",
-        ),
+        (dict(head_steps=0), "head_steps is 0; .* whole number >= 1, or 3, one per level"),
         (dict(head_steps=2.5), "head_steps is 2.5"),
         (dict(head_steps=[1, 2]), r"head_steps is \[1, 2\]; .* or 3, one per level"),
         (dict(temperature=-1.0), "temperature is -1.0; it must be a number >= 0"),
         (dict(temperature=math.inf), "temperature is inf"),
         (dict(temperature="paper"), "temperature is 'paper'; it must be a number"),
-        (dict(guidance=[1, 2]), r"guidance is \[1, 2\]; .* or 3, one per level"),
-        (dict(guidance="2"), "guidance is '2'; it must be a number"),
         (dict(guidance=math.nan), "guidance is .*nan.*; it must be a number"),
         (dict(time_shift=0), "time_shift is 0; it must be a number >= 0.001"),
-        (dict(time_shift=[0.5, 2]), r"time_shift is \[0.5, 2\]"),
     ],
 )
 def test_impossible_settings(settings, words):
     with pytest.raises(ValueError, match=words):
-        FARConfig.preset("digits", **settings)
+        FARConfig.preset(**{"name": "digits", **settings})
 
 
-def test_the_cascade_has_no_recipe_of_the_paper():
-    with pytest.raises(ValueError, match="cifar_cascade is no FAR"):
-        FARConfig.preset("cifar_cascade", paper=True)
-
-
-def test_an_unknown_preset():
-    with pytest.raises(ValueError, match="preset is 'huge'; it must be one of digits, cifar"):
-        FARConfig.preset("huge")
+def test_every_setting_that_is_a_name_has_its_choices():
+    named = {f.name for f in dataclasses.fields(FARConfig) if f.type is str}
+    assert named == set(far.CHOICES)
 
 
 CLASSES = torch.zeros(2, dtype=torch.int64)
@@ -3864,14 +3248,10 @@ IMAGES = torch.zeros(2, 1, 8, 8)
     "images, words",
     [
         (torch.zeros(2, 1, 9, 9), r"of shape \[2, 1, 9, 9\]; allowed: .* shape \[B, 1, 8, 8\]"),
-        (torch.zeros(2, 3, 8, 8), r"of shape \[2, 3, 8, 8\]"),
         (torch.zeros(2, 8, 8), r"of shape \[2, 8, 8\]"),
-        (torch.zeros(2, 1, 8, 8, dtype=torch.float64), "images are torch.float64"),
-        (torch.zeros(2, 1, 8, 8, dtype=torch.int64), "images are torch.int64 .* uint8"),
-        (np.zeros((2, 1, 8, 8), np.float32), "images are of type ndarray"),
         (torch.zeros(0, 1, 8, 8), r"of shape \[0, 1, 8, 8\]"),
-        (torch.tensor(1.0), r"of shape \[\]"),
-        (None, "images are of type NoneType"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.float64), "images are torch.float64"),
+        (np.zeros((2, 1, 8, 8), np.float32), "images are of type ndarray"),
     ],
 )
 def test_images_of_another_kind(images, words):
@@ -3879,11 +3259,8 @@ def test_images_of_another_kind(images, words):
     for call in (model, model.level_losses):
         with pytest.raises(ValueError, match=words):
             call(images, CLASSES)
-
-
-def test_a_start_of_another_kind():
-    with pytest.raises(ValueError, match=r"images are .* of shape \[2, 1, 9, 9\]; allowed: .*"):
-        tiny().sample(2, start=(torch.zeros(2, 1, 9, 9), 1))
+    with pytest.raises(ValueError, match=words):
+        model.sample(2, start=(images, 1))
 
 
 @pytest.mark.parametrize(
@@ -3893,10 +3270,8 @@ def test_a_start_of_another_kind():
         (dict(), torch.tensor([-1, 3]), r"labels lie in -1 .. 3; allowed: 0 .. 9"),
         (dict(), torch.zeros(2), r"labels are torch.float32 .*; allowed: int64 of shape \[2\]"),
         (dict(), torch.zeros(3, dtype=torch.int64), r"allowed: int64 of shape \[2\]"),
-        (dict(), torch.zeros(2, 1, dtype=torch.int64), r"allowed: int64 of shape \[2\]"),
         (dict(), [0, 1], "labels are of type list"),
         (dict(num_classes=0), CLASSES, "this model has no classes; give no labels"),
-        (dict(cond_dim=5), CLASSES, r"allowed: float32 .* of shape \[2, 1, 5\]"),
         (dict(cond_dim=5), torch.zeros(2, 1, 4), r"allowed: float32 .* of shape \[2, 1, 5\]"),
     ],
 )
@@ -3907,73 +3282,40 @@ def test_labels_of_another_kind(settings, labels, words):
             call(IMAGES, labels)
 
 
-@pytest.mark.parametrize(
-    "labels, words",
-    [
-        (0, "labels are 0; allowed: a tensor for one image or more, or their number"),
-        (-1, "labels are -1"),
-        (True, "labels are True"),
-        (None, "labels are None"),
-        ("cat", "labels are 'cat'"),
-        ([0, 1], r"labels are \[0, 1\]"),
-        (torch.tensor(3), r"labels are tensor\(3\)"),
-        (CLASSES[:0], r"labels are tensor\(\[\]"),
-        (torch.tensor([10]), r"allowed: 0 .. 9"),
-        (torch.tensor([0.5]), "int64"),
-    ],
-)
-def test_wrong_requests(labels, words):
-    with pytest.raises(ValueError, match=words):
-        tiny().sample(labels)
+MARKOV = dict(attention="markov")
 
 
 @pytest.mark.parametrize(
-    "settings, words",
+    "settings, labels, arguments, words",
     [
-        (dict(steps=5), r"unknown settings \['steps'\]; allowed: .*head_steps"),
-        (dict(width=5), r"unknown settings \['width'\]"),
-        (dict(head_steps=0), "head_steps is 0"),
-        (dict(head_steps=[1]), r"head_steps is \[1\]; .* or 3, one per level"),
-        (dict(solver="euler"), "solver is 'euler'"),
-        (dict(variance=2.0), "variance is 2.0"),
-        (dict(step_rule="free"), "step_rule is 'free'"),
-        (dict(guidance_schedule="cosine", guidance=2.0), "guidance_schedule is 'cosine'"),
-        (dict(guidance=-5.0), "guidance is .*must be a number >= 0"),
-        (dict(guidance=math.inf), "guidance is .*inf"),
-        (dict(guidance=[1, 2]), r"guidance is \[1, 2\]"),
-        (dict(temperature=[1.0]), r"temperature is \[1.0\]"),
-        (dict(mask=True), "mask is True, but this model was trained without"),
-        (dict(generator=5), "generator must be a torch.Generator, or a list of one for each of 2"),
-        (dict(generator=0), "generator must be a torch.Generator"),
-        (dict(generator=[seeded()] * 3), "one for each of 2 images"),
-        (dict(generator=[]), "one for each of 2 images"),
-        (dict(start=5), r"start must be a tuple: 1 or 2 images, and a level of \[0, 1, 2\]"),
-        (dict(start=IMAGES), "start must be a tuple"),
-        (dict(start=(IMAGES,)), "start must be a tuple"),
-        (dict(start=(IMAGES, 3)), r"a level of \[0, 1, 2\]"),
-        (dict(start=(torch.zeros(3, 1, 8, 8), 1)), "1 or 2 images"),
-        (dict(start=("picture.png", 1)), "images are of type str; allowed: float32 or uint8"),
-        (dict(levels=(0.25, 1.0)), "target full, attention markov"),
+        (dict(), 0, dict(), "labels are 0; allowed: a tensor for one image or more, or their num"),
+        (dict(), True, dict(), "labels are True"),
+        (dict(), [0, 1], dict(), r"labels are \[0, 1\]"),
+        (dict(), torch.tensor(3), dict(), r"labels are tensor\(3\)"),
+        (dict(), CLASSES[:0], dict(), r"labels are tensor\(\[\]"),
+        (dict(), torch.tensor([10]), dict(), r"allowed: 0 .. 9"),
+        (dict(), torch.tensor([0.5]), dict(), "int64"),
+        (dict(), 2, dict(width=5), r"unknown settings \['width'\]; allowed: .*head_steps"),
+        (dict(), 2, dict(head_steps=0), "head_steps is 0"),
+        (dict(), 2, dict(mask=True), "mask is True, but this model was trained without"),
+        (dict(), 2, dict(generator=5), "torch.Generator, or a list of one for each of 2"),
+        (dict(), 2, dict(generator=[seeded()] * 3), "one for each of 2 images"),
+        (dict(), 2, dict(generator=[]), "one for each of 2 images"),
+        (dict(), 2, dict(start=5), r"start must be .* 1 or 2 images, and a level of \[0, 1, 2\]"),
+        (dict(), 2, dict(start=(IMAGES,)), "start must be a tuple"),
+        (dict(), 2, dict(start=(IMAGES, 3)), r"a level of \[0, 1, 2\]"),
+        (dict(), 2, dict(start=(torch.zeros(3, 1, 8, 8), 1)), "1 or 2 images"),
+        (MARKOV, 2, dict(levels=(0.5, 1), start=(IMAGES, 1)), r"a level of \[0, 2\]"),
+        (MARKOV, 2, dict(levels=(0.5,)), r"levels are .*; allowed: some of \(0.25, 0.5, 1.0\)"),
+        (MARKOV, 2, dict(levels=(0.3, 1.0)), "levels are .*; allowed: some of"),
+        (MARKOV, 2, dict(levels=1.0), "levels are .*; allowed: some of"),
+        (dict(), 2, dict(levels=(0.5, 1)), "target full, attention markov"),
+        ({**MARKOV, "target": "next"}, 2, dict(levels=(0.5, 1)), "target full, attention markov"),
     ],
 )
-def test_wrong_arguments_of_sample(settings, words):
+def test_wrong_arguments_of_sample(settings, labels, arguments, words):
     with pytest.raises(ValueError, match=words):
-        tiny().sample(2, **settings)
-
-
-@pytest.mark.parametrize("levels", [(0.5,), (0.3, 1.0), (), 1.0, "1"])
-def test_levels_that_the_model_does_not_have(levels):
-    with pytest.raises(ValueError, match=r"levels are .*; allowed: some of \(0.25, 0.5, 1.0\)"):
-        tiny(attention="markov").sample(2, levels=levels)
-
-
-def test_levels_that_cannot_be_left_out():
-    for settings in (dict(target="next"), dict(target="residual"), dict(attention="causal")):
-        model = tiny(**{"attention": "markov", **settings})
-        with pytest.raises(ValueError, match="target full, attention markov"):
-            model.sample(2, levels=(0.5, 1.0))
-    with pytest.raises(ValueError, match=r"a level of \[0, 2\]"):
-        tiny(attention="markov").sample(2, levels=(0.5, 1.0), start=(IMAGES, 1))
+        tiny(**settings).sample(labels, **arguments)
 
 
 @pytest.mark.parametrize("p", [0, 3, -2])
@@ -4443,13 +3785,13 @@ def test_a_run_is_not_overwritten(digits, flags, words):
         train_cifar.main(["--out", str(digits), *flags.split()])
 
 
-def test_without_the_modules_that_windows_lacks(tmp_path):
-    code = "import sys; sys.modules['resource'] = sys.modules['fcntl'] = None\n"
-    code += "import torch, train_cifar\n"
-    code += f"train_cifar.main({[*SMALL, '--steps', '2', '--out', str(tmp_path)]})\n"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=sample.ROOT)
-    assert done.returncode == 0, done.stderr
-    assert b"M parameters" in done.stdout and b"peak memory" not in done.stdout
+def test_without_the_modules_that_windows_lacks(tmp_path, monkeypatch, capsys):
+    for name in ("resource", "fcntl"):
+        monkeypatch.setitem(sys.modules, name, None)
+    script = runpy.run_path(os.path.join(ROOT, "train_cifar.py"))
+    script["main"]([*SMALL, "--steps", "2", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "M parameters" in out and "peak memory" not in out
 
 
 # ==== Scripts: sampling
@@ -5301,51 +4643,12 @@ def test_training_on_latents_and_decoding(vae, pictures):
 
 
 # ==== Scripts: speed and scale
-def head_operations(c):
-    """Multiply-adds of the head for one level of one draw."""
-    w, N, D = c.head_width, c.num_tokens, c.token_dim
-    if c.head_mixing:  # one condition steers all tokens
-        steered = 1
-        block = N * (12 * w * w + 2 * N * w) + 6 * w * w
-    else:
-        steered = N
-        block = N * 2 * w * w + N * 3 * w * w
-    ends = N * 2 * D * w
-    time_and_modulation = steered * (64 * w + w * w + 2 * w * w)
-    return ends + time_and_modulation + c.head_depth * block
-
-
-def operations(c):
-    """Multiply-adds of a forward pass, per image."""
-    W, w, N, K, F = c.width, c.head_width, c.num_tokens, c.cond_tokens, len(c.levels)
-    L = F
-
-    def trunk(T):
-        return c.depth * T * (12 * W * W + 2 * T * W)
-
-    if c.attention == "causal":
-        total = trunk(K + F * N)
-    else:
-        L = c.levels_per_image or F
-        total = L * trunk(K + N)
-    return total + L * N * (c.token_dim * W + W * w) + L * c.head_draws * head_operations(c)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(attention="causal", cond_tokens=3, head_mixing=False, head_draws=2),
-        dict(attention="markov", levels_per_image=1),
-        dict(attention="markov", levels_per_image=0, cond_tokens=3, head_draws=3),
-    ],
-)
-def test_counted_operations_of_a_training_step(settings):
-    """Against the formula: two for each multiply-add forward, twice that backward."""
-    c = FARConfig.preset("cifar", depth=2, **settings)
-    model = FAR(c)
-    images, labels = torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
-    counted = train_cifar.count_flops(lambda: model(images, labels).backward())["Global"]
-    assert counted == pytest.approx(4 * 3 * 2 * operations(c), rel=0.05)
+def test_counted_operations():
+    """Of attention: four products with W x W matrices per token, q k, and the weights times v; two
+    operations for each multiply-add."""
+    attention, x = far.Attention(8, 2), torch.zeros(3, 5, 8)
+    counted = train_cifar.count_flops(functools.partial(attention, x))
+    assert counted["Global"] == 2 * 3 * (5 * 4 * 8 * 8 + 2 * 5 * 5 * 8)
 
 
 class NoAutocast:
@@ -5424,6 +4727,8 @@ def test_compiled_training_equals_uncompiled(tmp_path, monkeypatch):
 
     def compile_without_compiler(model, mode=None):
         modes.append(mode)
+        if mode is None:
+            return model
         return compiled(model, backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", compile_without_compiler)
@@ -5478,11 +4783,15 @@ def test_gradient_accumulation_averages(tmp_path, monkeypatch, attention):
 
 def test_as_many_threads_as_are_fastest(monkeypatch):
     threads = []
+    rates = {12: 3, 6: 50, 3: 100, 1: 20}  # of a busy machine, by threads
+
+    def calls_per_second(function, device, seconds):
+        return rates[threads[-1]]
+
+    monkeypatch.setattr(train_cifar, "calls_per_second", calls_per_second)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    # Seconds of a call by threads: a busy machine.
-    seconds = {12: 0.3, 6: 0.02, 3: 0.01, 1: 0.05}
-    assert train_cifar.choose_threads(lambda: time.sleep(seconds[threads[-1]])) == 3
+    assert train_cifar.choose_threads(None) == 3
     assert threads == [12, 6, 3, 1]
 
 
