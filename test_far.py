@@ -207,13 +207,14 @@ class KVCache:
 
     x [S, T, W] -> [S, T, W]. self.qkv(x) holds q, k and v, in this order, W numbers each; the h-th
     W/heads of them belong to head h. A head computes softmax(q k / sqrt(W/heads)) v over the keys
-    that mask admits, bool [T, T], True where allowed, or None; self.out reads the heads side by
-    side. In training (self.training) the share self.dropout of the attention weights is dropped.
+    that mask admits, all where mask is None; self.out reads the heads side by side. In training
+    (self.training) the share self.dropout of the attention weights is dropped.
 
     cache: None, or a dict, empty at the first call, that this function fills: queries see the
     tokens of all earlier calls as well, whose keys it keeps as "k" and values as "v", [S, heads,
-    T', W/heads]; after the first call mask is None. far.py imports scaled_dot_product_attention,
-    which may be used. About 12 lines.
+    T', W/heads]. mask: bool, True where allowed, of T queries and all keys, those of the cache
+    first: [T, T + T'], or one per sequence, [S, 1, T, T + T']. far.py imports
+    scaled_dot_product_attention, which may be used. About 12 lines.
     """
 
     functions = ["Attention.forward"]
@@ -250,6 +251,10 @@ class KVCache:
         ]
         compare(attention(x, self.mask), want, "the output with a mask", mistakes)
         compare(attention(x), free, "the output without a mask")
+        masks = torch.rand(3, 1, 6, 6) < 0.5
+        masks |= self.mask.T
+        want = self.by_hand(attention, x, masks)
+        compare(attention(x, masks), want, "the output with a mask per sequence")
 
     def part_cache(self, far):
         """torch.cat the cached keys and values with the new ones along the tokens; attend to all of
@@ -269,8 +274,11 @@ class KVCache:
                 compare(cache["v"], v, 'the "v" in the cache', [("these are the keys", k)])
         mistakes = [("earlier blocks are forgotten", alone)]
         compare(torch.cat(got, 1), together, "block by block, not at once, the output", mistakes)
-        first = attention(x[:, :4], self.mask[:4, :4], {})
+        cache = {}
+        first = attention(x[:, :4], self.mask[:4, :4], cache)
         compare(first, together[:, :4], "the output of a first call with mask and cache")
+        second = attention(x[:, 4:], self.mask[4:], cache)
+        compare(second, together[:, 4:], "the output of a second call with mask and cache")
 
     def part_dropout(self, far):
         """scaled_dot_product_attention takes dropout_p: self.dropout in training, and 0 in
@@ -1938,6 +1946,7 @@ def test_presets_are_recognisably_far(name):
     assert len(c.levels) >= 3
     if name != "digits":
         assert len(c.levels) >= 4
+    assert c.attention in ("causal", "markov")
     assert c.target == "full"
     assert c.step_rule == "paper"
     assert c.loss_weighting
@@ -3259,8 +3268,11 @@ def test_images_of_another_kind(images, words):
     for call in (model, model.level_losses):
         with pytest.raises(ValueError, match=words):
             call(images, CLASSES)
-    with pytest.raises(ValueError, match=words):
-        model.sample(2, start=(images, 1))
+
+
+def test_a_start_of_another_kind():
+    with pytest.raises(ValueError, match=r"images are .* of shape \[2, 1, 9, 9\]; allowed: .*"):
+        tiny().sample(2, start=(torch.zeros(2, 1, 9, 9), 1))
 
 
 @pytest.mark.parametrize(
