@@ -533,8 +533,10 @@ def mlp(width):
 class Attention(nn.Module):
     """Multi-head self-attention of S sequences of T tokens, [S, T, W] -> [S, T, W].
 
+    qkv holds q, k and v in this order, W numbers each, of which head h has the h-th W/heads.
+    dropout: share of the attention weights, in training alone.
     mask: bool [T, T] or one per sequence, [S, 1, T, T], True where query (row) may attend to key
-    (column); None: everywhere.
+    (column); None: everywhere. Of a cache too: its tokens are the first columns.
     cache: a dict that keeps the keys and values of earlier calls, "k" and "v", each [S, heads, T',
     W/heads]; queries see those and their own.
     """
@@ -801,7 +803,8 @@ def zero_init(linear):
 class HeadBlock(nn.Module):
     """AdaLN-Zero residual block of MAR (Li et al. 2024): h [S, N, w], steer [S, N, w] -> [S, N, w].
 
-    steer gives shift, scale and gate. They start at zero, which makes the block the identity.
+    steer gives shift, scale and gate, in this order. They start at zero, which makes the block the
+    identity.
     """
 
     def __init__(self, width):
@@ -863,7 +866,7 @@ class DiffusionHead(nn.Module):
         nothing).
         """
         added, steer = self.read(z, level, labels)
-        # A time for each token, or where they are denoised together one for all.
+        # One for each row of steer: a time per token, or where they are denoised together for all.
         t = self.path.draw_t(*steer.shape[:2], device=z.device)
         # Beyond the paper: time_shift above 1 trains a level on more noise.
         t = t / (t + (1 - t) / self.time_shift[level][:, None])
@@ -873,7 +876,10 @@ class DiffusionHead(nn.Module):
 
 
 class MixingBlock(nn.Module):
-    """A block of DiT (Peebles & Xie 2023): HeadBlock with attention over the N tokens before it."""
+    """A block of DiT (Peebles & Xie 2023): HeadBlock with attention over the N tokens before it.
+
+    steer [S, N or 1, w] gives shift, scale and gate of the attention, then those of the mlp.
+    """
 
     def __init__(self, width, heads):
         super().__init__()

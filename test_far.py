@@ -5002,17 +5002,20 @@ def test_a_sweep_takes_an_ordering_and_does_what_is_missing(tmp_path, monkeypatc
     assert len(trained) == 3 and "mine.py:rings" in trained[2]
 
 
-def test_every_row_of_a_sweep_is_a_possible_model():
+def test_every_row_of_a_sweep_is_a_possible_model(tmp_path):
     for rows in sweep.COMPARISONS.values():
         for row in rows.values():
             settings = dict(row)
             draw = dict(settings.pop("draw", {}))
             levels = draw.pop("levels", [1.0])
-            settings.pop("curve", None)
-            settings.pop("value", None)
+            for name in ("curve", "value"):
+                settings.pop(name, None)
             if ":" in settings.get("ordering", ""):
                 del settings["ordering"]
-            config = far.FARConfig.preset("digits", **settings)
+            flags = sweep.to_flags(settings)
+            if "--data" in flags:
+                flags += ["--path", str(tmp_path)]
+            config = train_cifar.parse_args([*flags, "--out", str(tmp_path)]).config
             assert set(levels) <= set(config.levels)
             far.sampling_config(far.FAR(config), draw)
 
