@@ -199,7 +199,9 @@ class TextEncoder:
         needs = "it needs pip install transformers"
         with explained(f"no text encoder can be loaded from {name}; {needs}"):
             from transformers import AutoModel, AutoTokenizer
+            from transformers.utils import logging
 
+            logging.disable_progress_bar()
             tokenizer = AutoTokenizer.from_pretrained(name)
             model = AutoModel.from_pretrained(name)
         if hasattr(model, "encoder") and hasattr(model, "decoder"):  # such as T5
@@ -217,16 +219,20 @@ class TextEncoder:
 
     def lengths(self, texts):
         """The number of tokens of each text, with those that start and end it: a list."""
-        return [len(tokens) for tokens in self.tokenizer(list(texts), verbose=False)["input_ids"]]
+        lengths = []
+        for start in range(0, len(texts), 10000):  # millions at once need much memory
+            tokens = self.tokenizer(texts[start : start + 10000], verbose=False)["input_ids"]
+            lengths += map(len, tokens)
+        return lengths
 
     @torch.no_grad()
     def __call__(self, texts, K):
-        """Texts -> the last hidden states of their first K tokens, float32 [n, K, cond_dim].
+        """List of n texts -> the last hidden states of K tokens of each, float32 [n, K, cond_dim].
 
-        The rows behind the last token of a text are zeros.
+        What is longer is cut; the rows behind the last token of a text are zeros.
         """
         settings = dict(padding=True, truncation=True, max_length=K, return_tensors="pt")
-        tokens = self.tokenizer(list(texts), **settings).to(self.device)
+        tokens = self.tokenizer(texts, **settings).to(self.device)
         mask = tokens["attention_mask"]
         hidden = self.model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
         hidden = hidden.float() * mask[..., None]
@@ -378,8 +384,11 @@ def save_captioned(images, labels, prompts, path):
         axis.set_yticks([])
     for axis, number in zip(axes, numbers, strict=False):
         part = to_uint8(images[labels == number])
+        # Fewer than a row of images are not enlarged.
+        missing = max(0, columns - len(part))
+        part = pad(part, (0, 0, 0, 0, 0, 0, 0, missing), value=255)
         grid = torchvision.utils.make_grid(part, columns, padding=1, pad_value=255)
-        axis.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+        axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         wrapped = textwrap.fill(prompts[number], int(columns * side * 14))
         axis.set_xlabel(wrapped, fontsize=8)
 

@@ -77,15 +77,14 @@ UNSEEN_COLOURS = {
     "white": "snowy",
 }
 
-# {a} and {b}: "a red three", or where the scene has no colours "a three". In two relations of the
-# captions of a kind: {relation}.
+# {a} and {b} are such as "a red three", or where the scene has no colours "a three", as {plain} is.
 TWO = ["{a} and {b}", "a picture of {a} and {b}", "{a} with {b}"]
 RELATED = ["{a} {relation} {b}", "a picture of {a} {relation} {b}"]
 WORDINGS = {
     "single object": ["{a}", "a picture of {a}", "there is {a}"],
     "two objects": TWO,
     "counting": ["{count} {many}", "a picture of {count} {many}", "there are {count} {many}"],
-    "colours": ["{a}", "a picture of {a}", "a {one} in {colour}"],
+    "colours": ["{a}", "a picture of {a}", "{plain} in {colour}"],
     "position": RELATED,
     "colour attribution": TWO,
     "colours and position": RELATED,
@@ -169,12 +168,12 @@ def count_held_out(digit, count):
 
 
 def colour_held_out(digit, colour):
-    """A digit or two of each colour, 1 of 6 together."""
-    return (digit + 2 * list(COLOURS).index(colour)) % 6 == 0
+    """A digit or two of each colour: a sixth."""
+    return (digit + list(COLOURS).index(colour)) % 6 == 0
 
 
 def relation_held_out(a, b, relation):
-    """One of six arrangements, at most one of each pair of digits."""
+    """At most one relation of each pair of digits: a sixth."""
     if a > b:  # 7 left of 3 is 3 right of 7
         a, b, relation = b, a, RELATIONS[relation][1]
     return (a + 2 * b + list(RELATIONS).index(relation)) % 6 == 0
@@ -201,7 +200,7 @@ def captions_of(scene, seen=True):
     parts = dict(
         a=with_article(nouns[0]),
         b=with_article(nouns[-1]),
-        one=ONE[digits[0]],
+        plain=with_article(ONE[digits[0]]),
         many=MANY[digits[0]],
         number=digits[0],
         other_number=digits[-1],
