@@ -1,7 +1,7 @@
 """Text to image in small: pictures of digits with captions in plain English, and their judge.
 
     python experiments/scenes.py data/scenes                       # 20,000 pictures of 24 x 24
-    python experiments/scenes.py --score out/a/seen.npz out/a/heldout.npz
+    python experiments/scenes.py --score out/seen.npz out/heldout.npz out/unseen.npz
 
 The first writes what train_cifar.py --data captions --path data/scenes reads, and prompts to draw
 with sample.py --prompts: prompts_seen.txt, captions of the training; prompts_heldout.txt, whose
@@ -12,6 +12,14 @@ text encoder that gives each word a one-hot vector: --text-encoder data/scenes/o
 The second judges files of sample.py --npz, as GenEval does (Ghosh et al. 2023): the digits of a
 picture are found, and all that its prompt says must hold. Real scenes of digits that the training
 pictures do not show are judged beside them.
+
+Between them, on a laptop:
+
+    python train_cifar.py --data captions --path data/scenes --image-size 24 \\
+        --text-encoder data/all-MiniLM-L6-v2 --levels 0.25,0.5,1 --width 128 --depth 4 \\
+        --head-width 128 --batch 64 --lr 2e-3 --warmup 200 --ema 0.999 --max-minutes 30
+    python sample.py --ckpt out/captions/ckpt.pt --guidance 2 --n 840 \\
+        --prompts data/scenes/prompts_seen.txt --npz out/seen.npz
 """
 
 import argparse
