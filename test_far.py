@@ -3770,8 +3770,6 @@ def test_levels_that_show_nothing_new_are_named(capsys):
         ("--vae x", "needs --data folder"),
         ("--text-encoder x", "needs --data captions"),
         ("--data captions --text-encoder x", "--path is missing"),
-        ("--data captions --path .", "--text-encoder is missing"),
-        ("--data captions --path . --text-encoder x --num-classes 3", "--num-classes is not for"),
         ("--data captions --path experiments --text-encoder x", "neither .* nor .* is a file"),
         ("--data folder --path nowhere", "nowhere is no folder"),
         ("--data folder", "--path is missing"),
@@ -4785,7 +4783,7 @@ def test_each_image_has_the_embeddings_of_its_captions(encoder, tmp_path, monkey
     assert data.text["scale"] * used.std().item() == pytest.approx(1, abs=5e-3)
 
     torch.manual_seed(0)
-    drawn = train_cifar.pick_embeddings(data, torch.arange(4).repeat(3000))
+    drawn = train_cifar.pick_embeddings(data, torch.arange(4).repeat(3000), "cpu")
     own = sample.TextEncoder(encoder)
     for k, texts in enumerate(CAPTIONS):
         want = data.text["scale"] * own(texts, 12)  # [captions of the image, 12, 12]
@@ -4871,6 +4869,10 @@ def test_captions_that_cannot_be_used(encoder, captions, line, words):
 
 
 def test_wrong_encoders_and_numbers_of_tokens(encoder, captions, monkeypatch, capsys):
+    with pytest.raises(ValueError, match="--text-encoder is missing"):
+        train_cifar.parse_args(["--data", "captions", "--path", "set"])
+    with pytest.raises(ValueError, match="--num-classes is not for"):
+        load_captions(encoder, "--num-classes", "3")
     with pytest.raises(ValueError, match="from ./nothing-there; it needs pip install transformers"):
         load_captions("./nothing-there")
     with pytest.raises(ValueError, match="--cond-tokens is 21; .* reads 3 to 20"):
@@ -5492,7 +5494,7 @@ def test_scenes_to_train_on_and_the_one_hot_encoder(tmp_path, monkeypatch, capsy
                 (a, _, place_a), (b, _, place_b) = found
                 holding = [r for r in scenes.RELATIONS if scenes.holds(r, place_a, place_b)]
                 assert len(holding) == 1 and not scenes.relation_held_out(a, b, holding[0])
-    assert np.mean(right) > 0.95
+    assert np.mean(right) > 0.9
 
     prompts = {}
     for name in ("seen", "heldout", "unseen"):
@@ -5517,7 +5519,12 @@ def test_scenes_to_train_on_and_the_one_hot_encoder(tmp_path, monkeypatch, capsy
     capsys.readouterr()
     scenes.main(["--score", "good.npz"])
     lines = capsys.readouterr().out.splitlines()
-    assert re.match(r"\| good.npz \| (1.00|0.9.) \| ", lines[2])
+    kinds = [known[captions[two[0]]].kind for two in labels]
+    shares = []
+    for kind in scenes.WORDINGS:
+        shares.append(np.mean([good for good, k in zip(right, kinds, strict=True) if k == kind]))
+    cells = [f"{share:.2f}" for share in (*shares, np.mean(shares))]
+    assert lines[2] == f"| good.npz | {' | '.join(cells)} |"
     assert lines[3].startswith("| real scenes for its prompts | ")
     for wrong, words in (
         (["--score", "other.npz"], "'a cat'. are no captions"),

@@ -118,6 +118,7 @@ def load_data(args, config):
     """The data set of --data."""
     listing = list_classes
     if args.data == "captions":
+        encoder = TextEncoder(args.text_encoder, args.device)  # an error now, not after the images
         listing = list_captions
     # All processes share the work of the VAE and of the text encoder.
     if args.vae:
@@ -125,7 +126,7 @@ def load_data(args, config):
     else:
         data = load_images(args, config, listing)
     if args.data == "captions":
-        return encode_captions(data, args)
+        return encode_captions(data, encoder, args)
     return data
 
 
@@ -407,27 +408,33 @@ def latent_scale(array):
 
 
 # ==== Captions
-def list_captions(path):
-    """Images and captions of a metadata.jsonl -> (files, labels, captions).
-
-    It lies in path or in path/train. A line holds file_name, from there, and text, a caption or a
-    list of them: Hugging Face's ImageFolder. captions: each once. labels: the numbers of the
-    captions of each image, M of them, -1 where it has fewer.
-    """
+def find_metadata(path):
+    """The file metadata.jsonl in path or in path/train."""
     places = [os.path.join(path, "metadata.jsonl"), os.path.join(path, "train", "metadata.jsonl")]
     there = [place for place in places if os.path.isfile(place)]
     check(there, f"neither {places[0]} nor {places[1]} is a file: lines of file_name and text")
+    return there[0]
+
+
+def list_captions(path):
+    """Images and captions of a metadata.jsonl -> (files, labels, captions).
+
+    A line holds file_name, from where it lies, and text, a caption or a list of them: Hugging
+    Face's ImageFolder. captions: each once. labels: the numbers of the captions of each image, M of
+    them, -1 where it has fewer.
+    """
+    metadata = find_metadata(path)
     files, labels = [], []
     numbers = {}  # caption -> its number
-    with open(there[0], "rb") as lines:
+    with open(metadata, "rb") as lines:
         for n, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            with explained(f"{there[0]}, line {n} cannot be used"):
-                file, texts = read_entry(line, os.path.dirname(there[0]))
+            with explained(f"{metadata}, line {n} cannot be used"):
+                file, texts = read_entry(line, os.path.dirname(metadata))
             files.append(file)
             labels.append([numbers.setdefault(text, len(numbers)) for text in texts])
-    check(files, f"{there[0]} is empty")
+    check(files, f"{metadata} is empty")
     most = max(map(len, labels))
     labels = [label + [-1] * (most - len(label)) for label in labels]
     return files, labels, list(numbers)
@@ -450,13 +457,12 @@ def read_entry(line, folder):
     return file, texts
 
 
-def encode_captions(data, args):
+def encode_captions(data, encoder, args):
     """The data with embeddings of the captions, encoded once, by all processes.
 
     A map under data/ keeps them, and which are done: a restart does what is missing.
     """
     name, captions = args.text_encoder, data.classes
-    encoder = TextEncoder(name, args.device)
     K = choose_tokens(encoder, captions, args)
     cond_dim = encoder(captions[:1], K).shape[-1]
     weights = []  # other weights in a folder of the same name are another encoder
@@ -473,7 +479,7 @@ def encode_captions(data, args):
     return data._replace(classes=[], embeddings=torch.from_numpy(array), text=text)
 
 
-# Tokens of a caption are sequence to the transformer: no more than this unless it is asked for.
+# The transformer reads all tokens of a caption: no more than this, unless more are asked for.
 MOST_TOKENS = 128
 
 
@@ -516,13 +522,14 @@ def text_scale(array):
     return scale
 
 
-def pick_embeddings(data, index):
+def pick_embeddings(data, index, device):
     """Embeddings [B, K, cond_dim] of one caption of each image of index [B], drawn at random."""
     labels = data.labels[index]  # [B, M]
     count = (labels >= 0).sum(1)
     chosen = (torch.rand(len(labels), device=labels.device) * count).long()
     numbers = labels.gather(1, chosen[:, None])[:, 0]
-    return data.text["scale"] * data.embeddings[numbers].float()
+    embeddings = data.embeddings[numbers].to(device, non_blocking=True)
+    return data.text["scale"] * embeddings.float()
 
 
 # ==== Batches
@@ -772,7 +779,7 @@ class Run:
     def batch(self, index, flip):
         x = make_batch(self.data, index, self.device, flip)
         if self.data.text:
-            return x, pick_embeddings(self.data, index).to(self.device, non_blocking=True)
+            return x, pick_embeddings(self.data, index, self.device)
         if self.config.num_classes == 0:
             return x, None
         return x, self.data.labels[index].to(self.device, non_blocking=True)
@@ -1074,9 +1081,8 @@ def make_parser():
         add("--" + name.replace("_", "-"), type=kind, help=text)
     add("--lr-schedule", choices=("linear", "constant"), help="default: linear, to 0 at the end")
     switch = argparse.BooleanOptionalAction
-    add(
-        "--flip", action=switch, help="mirror half of the images (default: not of digits, captions)"
-    )
+    text = "mirror half of the images (default: not of digits, captions)"
+    add("--flip", action=switch, help=text)
     add("--bf16", action=switch, help="bfloat16 arithmetic (default: where it is faster)")
     add("--skip-bad", action="store_true", help="leave out images that cannot be read")
     text = "torch.compile the model, on a GPU into CUDA graphs (unless --grad-accum)"
@@ -1201,6 +1207,7 @@ def check_captions(args):
         check(not args.text_encoder, "--text-encoder needs --data captions")
         return
     check(args.path, "--path is missing: the folder that holds metadata.jsonl")
+    find_metadata(args.path)
     needed = "a text encoder of transformers, by its name or folder"
     check(args.text_encoder, f"--text-encoder is missing: {needed}")
     check("num_classes" not in args.given, "--num-classes is not for --data captions")

@@ -87,7 +87,7 @@ UNSEEN_COLOURS = {
 
 # {a} and {b} are such as "a red three", or where the scene has no colours "a three", as {plain} is.
 TWO = ["{a} and {b}", "a picture of {a} and {b}", "{a} with {b}"]
-RELATED = ["{a} {relation} {b}", "a picture of {a} {relation} {b}"]
+RELATED = ["{a} {relation} {b}"]  # two, by the words for the relation
 WORDINGS = {
     "single object": ["{a}", "a picture of {a}", "there is {a}"],
     "two objects": TWO,
