@@ -4437,7 +4437,7 @@ def test_imagenet64_batches(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_imagenet64()
     for _ in range(2):  # built, then used again
-        images, labels, classes, _ = train_cifar.load_imagenet64(".")
+        images, labels, classes, *_ = train_cifar.load_imagenet64(".")
         assert images.shape == (20, 3, 64, 64) and len(classes) == 1000
         assert images[6, :, 5, 7].tolist() == [4, 4, 104] and images[6, 2, 7, 5] == 4
         assert labels.tolist() == [v for k in range(10) for v in (k, 999 - k)]
@@ -4492,7 +4492,7 @@ def test_cifar10_through_torchvision(tmp_path, monkeypatch):
     cifar = train_cifar.torchvision.datasets.CIFAR10
     monkeypatch.setattr(cifar, "_check_integrity", lambda self: True)
     monkeypatch.setitem(cifar.meta, "md5", None)
-    images, labels, classes, _ = train_cifar.load_cifar10(str(tmp_path))
+    images, labels, classes, *_ = train_cifar.load_cifar10(str(tmp_path))
     assert images.shape == (10, 3, 32, 32) and images[4].unique().item() == 20
     assert labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
     assert classes == names["label_names"]
