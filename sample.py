@@ -3,26 +3,31 @@
     python sample.py                                                  # CIFAR-10, weights in assets
     python sample.py --ckpt out/digits/ckpt.pt --labels 3,8 --n 20
     python sample.py --ckpt out/digits/ckpt.pt --n 1797 --real assets/digits.npz      # with scores
+    python sample.py --ckpt out/captions/ckpt.pt --prompt "a three above a seven" --n 16
 
 It writes samples.png, at most 400 of the images, and levels.png, a row x_1, x_2, .. for the first
-image of each class, at most ten.
+image of each class or prompt, at most ten.
 """
 
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import runpy
 import sys
 import tempfile
+import textwrap
 import time
 from dataclasses import fields
 
 import numpy as np
 import torch
 import torchvision
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from far import (
@@ -95,7 +100,7 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-# ==== Checkpoints, orderings, autoencoders
+# ==== Checkpoints, orderings, autoencoders, text encoders
 def load_checkpoint(path, device="cpu"):
     """Reads a checkpoint of train_cifar.py -> (FAR, dict of the rest).
 
@@ -182,6 +187,75 @@ def make_decoder(latents, device):
         return torch.cat(images)
 
     return decode
+
+
+class TextEncoder:
+    """A frozen text encoder of transformers, of a name (downloaded) or a folder.
+
+    most: the largest number of tokens that it reads.
+    """
+
+    def __init__(self, name, device="cpu"):
+        needs = "it needs pip install transformers"
+        with explained(f"no text encoder can be loaded from {name}; {needs}"):
+            from transformers import AutoModel, AutoTokenizer
+            from transformers.utils import logging
+
+            logging.disable_progress_bar()
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoModel.from_pretrained(name)
+        if hasattr(model, "encoder") and hasattr(model, "decoder"):  # such as T5
+            model = model.get_encoder()
+        model = getattr(model, "text_model", model)  # one half of CLIP
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.device = device
+        # A language model may have no token for padding; what stands there is masked.
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "right"
+        self.tokenizer = tokenizer
+        positions = getattr(model.config, "max_position_embeddings", math.inf)
+        self.most = min(positions, tokenizer.model_max_length)
+
+    def lengths(self, texts):
+        """The number of tokens of each text, with those that start and end it: a list."""
+        lengths = []
+        for start in range(0, len(texts), 10000):  # millions at once need much memory
+            tokens = self.tokenizer(texts[start : start + 10000], verbose=False)["input_ids"]
+            lengths += map(len, tokens)
+        return lengths
+
+    @torch.no_grad()
+    def __call__(self, texts, K):
+        """List of n texts -> the last hidden states of K tokens of each, float32 [n, K, cond_dim].
+
+        What is longer is cut; the rows behind the last token of a text are zeros.
+        """
+        settings = dict(padding=True, truncation=True, max_length=K, return_tensors="pt")
+        tokens = self.tokenizer(texts, **settings).to(self.device)
+        mask = tokens["attention_mask"]
+        hidden = self.model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
+        hidden = hidden.float() * mask[..., None]
+        return pad(hidden, (0, 0, 0, K - hidden.shape[1]))
+
+
+def encode_prompts(prompts, text, c, device="cpu"):
+    """P prompts -> embeddings float32 [P, K, cond_dim], scaled as the model of config c knows them.
+
+    text: as a checkpoint keeps it, the encoder's name and a scale. ValueError where a prompt is
+    empty or longer than K tokens, or the encoder has another width.
+    """
+    encoder = TextEncoder(text["encoder"], device)
+    K = c.cond_tokens
+    for prompt, length in zip(prompts, encoder.lengths(prompts), strict=True):
+        check(prompt.strip(), "a prompt is empty")
+        good = length <= K or prompt in text["captions"]  # long captions were cut in training
+        check(good, f"{prompt!r} has {length} tokens, the model reads {K}: shorten it")
+    embeddings = encoder(prompts, K)
+    width = embeddings.shape[-1]
+    message = f"{text['encoder']} gives {width} numbers a token, the model takes {c.cond_dim}"
+    check(width == c.cond_dim, f"{message}: --text-encoder must be the one of the training")
+    return text["scale"] * embeddings
 
 
 # ==== Pictures
@@ -287,13 +361,54 @@ def save_grid(images, path, columns):
     return path
 
 
+def save_captioned(images, labels, prompts, path):
+    """Writes images [n, C, H, H] in about [-1, 1] as one PNG; returns the path.
+
+    Images of a prompt stand side by side, the prompt below them. labels: the number of each image's
+    prompt, int64 [n].
+    """
+    numbers, counts = labels.unique(return_counts=True)
+    most = counts.max().item()
+    columns = min(10, most)
+    # Prompts with few images share a line.
+    side = max(0.6, 2 / columns)  # inches
+    per_line = max(1, int(8 / (columns * side)))
+    lines = -(-len(numbers) // per_line)
+    height = -(-most // columns) * side + 0.5
+    size = (per_line * columns * side, lines * height)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    axes = figure.subplots(lines, per_line, squeeze=False).flatten()
+    for axis in axes:
+        axis.set_frame_on(False)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    for axis, number in zip(axes, numbers, strict=False):
+        part = to_uint8(images[labels == number])
+        # Fewer than a row of images are not enlarged.
+        missing = max(0, columns - len(part))
+        part = pad(part, (0, 0, 0, 0, 0, 0, 0, missing), value=255)
+        grid = torchvision.utils.make_grid(part, columns, padding=1, pad_value=255)
+        axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+        wrapped = textwrap.fill(prompts[number], int(columns * side * 14))
+        axis.set_xlabel(wrapped, fontsize=8)
+
+    def save(file):
+        figure.savefig(file, format="png")
+
+    write_file(path, save)
+    return path
+
+
 # ==== Drawing
-def draw_images(model, labels, seed=0, batch=None, progress=True, bf16=False, **settings):
+def draw_images(
+    model, labels, seed=0, batch=None, progress=True, bf16=False, embeddings=None, **settings
+):
     """Yields (first index, images of FAR.sample) a batch at a time.
 
     Image i depends on seed, i and its label alone: each has a generator of its own. labels: int64
-    [n], or an int n for images without label. batch: 250, or on a CPU as many as have 1,600 tokens.
-    settings: those of FAR.sample.
+    [n], or an int n for images without label. embeddings [P, K, cond_dim] of P prompts: labels are
+    then the numbers of prompts. batch: 250, or on a CPU as many as have 1,600 tokens. settings:
+    those of FAR.sample.
     """
     n = labels
     if torch.is_tensor(labels):
@@ -308,6 +423,8 @@ def draw_images(model, labels, seed=0, batch=None, progress=True, bf16=False, **
         request = stop - start
         if torch.is_tensor(labels):
             request = labels[start:stop]
+        if embeddings is not None:
+            request = embeddings[request]
         generators = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(start, stop)]
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
             images = model.sample(request, generator=generators, **settings).cpu()
@@ -329,7 +446,27 @@ def parse_labels(text, n, num_classes, classes=()):
             chosen = choose_classes(text, list(classes))
     good = chosen and max(chosen) < num_classes
     check(good, f"--labels {text} is out of range: the model has {num_classes} classes, from 0")
-    return torch.tensor([chosen[i * len(chosen) // n] for i in range(n)])
+    return torch.tensor(chosen)[spread(len(chosen), n)]
+
+
+def spread(P, n):
+    """The numbers 0 .. P-1, each about n/P times, rising: int64 [n]."""
+    return torch.arange(n) * P // n
+
+
+def read_prompts(args, text):
+    """The prompts of --prompt and --prompts, or if there are none captions of the checkpoint."""
+    prompts = list(args.prompt)
+    if args.prompts:
+        with explained(f"--prompts {args.prompts} cannot be read"):
+            with open(args.prompts, encoding="utf-8") as file:
+                prompts += [line.strip() for line in file if line.strip()]
+            check(prompts, "it is empty")
+    if not prompts:
+        prompts = text["captions"][: args.n]
+    message = f"--n {args.n} is less than the {len(prompts)} prompts"
+    check(args.n >= len(prompts), f"{message}, which get an image each or more")
+    return prompts
 
 
 def choose_classes(text, classes):
@@ -348,13 +485,14 @@ class Drawing:
     """Collects what is drawn: pictures to show, and if asked for all pixels.
 
     labels: as in `draw_images`. decode: as in `make_decoder`. png: a folder, which gets one file
-    for each image.
+    for each image. prompts: those that labels are the numbers of, if they are no classes.
     """
 
-    def __init__(self, labels, decode, keep_pixels=False, png=None):
+    def __init__(self, labels, decode, keep_pixels=False, png=None, prompts=None):
         self.labels = labels
         self.decode = decode
         self.png = png
+        self.prompts = prompts
         self.keep_pixels = keep_pixels
         self.n = labels
         first = range(10)
@@ -378,12 +516,20 @@ class Drawing:
         for n, image in enumerate(images):
             i = start + n
             if self.png:
-                picture = Image.fromarray(pixels[n].squeeze())
-                picture.save(os.path.join(self.png, f"{i:06d}.png"))
+                self.save_png(pixels[n], i)
             if i in self.in_grid:
                 self.grid.append(image)
             if i in self.in_strips:
                 self.strips.append(self.decode(levels[n]))
+
+    def save_png(self, pixels, i):
+        """Writes image i, and of a prompt a line of metadata.jsonl, as --data captions reads it."""
+        name = f"{i:06d}.png"
+        Image.fromarray(pixels.squeeze()).save(os.path.join(self.png, name))
+        if self.prompts:
+            entry = dict(file_name=name, text=self.prompts[self.labels[i]])
+            with open(os.path.join(self.png, "metadata.jsonl"), "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def deviation(self):
         """Standard deviation of each x_i over the images, the mean over pixels, [F]."""
@@ -392,16 +538,23 @@ class Drawing:
 
     def save(self, out):
         """Writes out/samples.png and out/levels.png, a row x_1 .. x_F for each of the strips."""
-        columns = 10 if self.n <= 100 else 20
-        samples = save_grid(torch.stack(self.grid), os.path.join(out, "samples.png"), columns)
+        path = os.path.join(out, "samples.png")
+        if self.prompts:
+            labels = self.labels[sorted(self.in_grid)]
+            samples = save_captioned(torch.stack(self.grid), labels, self.prompts, path)
+        else:
+            columns = 10 if self.n <= 100 else 20
+            samples = save_grid(torch.stack(self.grid), path, columns)
         columns = len(self.strips[0])
         levels = save_grid(torch.cat(self.strips), os.path.join(out, "levels.png"), columns)
         return [samples, levels]
 
     def save_npz(self, path):
-        """Writes arr_0, the images uint8 [n, H, W, C], and arr_1, the labels int64 [n]."""
+        """Writes arr_0, images uint8 [n, H, W, C], and arr_1, labels int64 [n] or prompts [n]."""
         arrays = [np.concatenate(self.pixels)]
-        if torch.is_tensor(self.labels):
+        if self.prompts:
+            arrays.append(np.array(self.prompts)[self.labels])
+        elif torch.is_tensor(self.labels):
             arrays.append(self.labels.numpy())
 
         def save(file):
@@ -411,11 +564,18 @@ class Drawing:
 
 
 def draw_samples(model, rest, out, labels=None, n=100, seed=0, **settings):
-    """Draws n images of a checkpoint, over all classes, into out/samples.png and out/levels.png."""
-    if labels is None:
-        labels = parse_labels(None, n, model.config.num_classes)
+    """Draws n images of a checkpoint, over all classes or over captions that it keeps, into
+    out/samples.png and out/levels.png."""
     device = model.device
-    drawing = Drawing(labels, make_decoder(rest.get("latents"), device))
+    text = rest.get("text")
+    prompts = None
+    if text:
+        prompts = text["captions"][:n]
+        labels = spread(len(prompts), n)
+        settings["embeddings"] = encode_prompts(prompts, text, model.config, device)
+    elif labels is None:
+        labels = parse_labels(None, n, model.config.num_classes)
+    drawing = Drawing(labels, make_decoder(rest.get("latents"), device), prompts=prompts)
     bf16 = device.type == "cuda"
     drawn = draw_images(model, labels, seed, bf16=bf16, return_levels=True, **settings)
     for start, levels in drawn:
@@ -579,11 +739,17 @@ def make_parser():
     add(
         "--labels", help="classes by number or name, such as 0-9 or cat,dog, or none (default: all)"
     )
-    add("--n", type=int, default=100, help="number of images (default: %(default)s)")
+    text = "of models of texts: what to draw (repeatable; default: some captions of the training)"
+    add("--prompt", action="append", default=[], help=text)
+    add("--prompts", metavar="FILE", help="more prompts, one a line")
+    add("--text-encoder", help="where the text encoder lies, if not where it lay in training")
+    text = "number of images, over the classes or prompts (default: %(default)s)"
+    add("--n", type=int, default=100, help=text)
     add("--seed", type=int, default=0, help="image i depends on seed, i and its label alone")
     add("--batch", type=int, help="images drawn at a time")
     add("--out", default="out/samples", help="folder of the pictures (default: %(default)s)")
-    add("--npz", help="also write all images to this file: arr_0 uint8 [n, H, W, C], labels arr_1")
+    text = "also write all images to this file: arr_0 uint8 [n, H, W, C], labels or prompts arr_1"
+    add("--npz", help=text)
     add("--png", help="also write all images as PNG into this folder, which holds no others")
     add(
         "--real", help="npz file or folder of real images: print scores, write scores.json to --out"
@@ -654,6 +820,7 @@ def export(model, rest, path, settings):
         ema=model.half().state_dict(),
         latents=rest.get("latents"),
         classes=rest.get("classes"),
+        text=rest.get("text"),
     )
     write_file(path, lambda file: torch.save(kept, file))
     print(f"wrote {path}, {os.path.getsize(path) / 1e6:.1f} MB")
@@ -663,6 +830,18 @@ def check_args(args):
     good = args.n >= 1 and args.seed >= 0 and (args.batch is None or args.batch >= 1)
     check(good, "--n and --batch must be at least 1, --seed at least 0")
     check(args.image or args.keep is None, "--keep needs --from")
+
+
+def check_condition(args, c, text):
+    """Classes for models of classes, prompts for models of texts."""
+    if text:
+        check(not args.labels, "--labels is for models of classes; this one has texts: --prompt")
+        if args.text_encoder:
+            text["encoder"] = args.text_encoder
+        return
+    asked = args.prompt or args.prompts or args.text_encoder
+    check(not asked, f"--prompt is for models of texts; {args.ckpt} has classes or none: --labels")
+    check(not c.cond_dim, f"{args.ckpt} is a model of embeddings, which does not say of what")
 
 
 def check_outputs(args):
@@ -697,6 +876,7 @@ def main(argv=None):
     own = args.ordering in (None, c.ordering)
     check(own, f"--ordering must be the model's own, {c.ordering}")
     settings = sampling_settings(args, c)
+    check_condition(args, c, rest.get("text"))
     check_outputs(args)
     if args.export:
         return export(model, rest, args.export, settings)
@@ -719,17 +899,23 @@ def draw(args, model, rest, settings):
     """Draws and writes what the flags ask for; with --real returns the scores."""
     c = model.config
     classes = rest.get("classes") or []
-    labels = parse_labels(args.labels, args.n, c.num_classes, classes)
+    text, prompts = rest.get("text"), None
     settings = {**settings, **more_settings(args, c, rest.get("latents"))}
+    if text:
+        prompts = read_prompts(args, text)
+        labels = spread(len(prompts), args.n)
+        settings["embeddings"] = encode_prompts(prompts, text, c, model.device)
+    else:
+        labels = parse_labels(args.labels, args.n, c.num_classes, classes)
     if args.real:
-        good = torch.is_tensor(labels) and args.n > 5 and not rest.get("latents")
+        good = torch.is_tensor(labels) and args.n > 5 and not rest.get("latents") and not text
         check(good, "--real needs labels, --n above 5, and a model of pixels")
         real, truth = load_real(args.real, c, classes)
     decode = make_decoder(rest.get("latents"), model.device)
 
     begin = time.perf_counter()
     with filled_at_once(args.png) as png:
-        drawing = Drawing(labels, decode, bool(args.npz or args.real), png)
+        drawing = Drawing(labels, decode, bool(args.npz or args.real), png, prompts)
         drawn = draw_images(model, labels, args.seed, args.batch, return_levels=True, **settings)
         for start, levels in drawn:
             drawing.add(start, levels)

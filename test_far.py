@@ -58,7 +58,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import far
 import sample
 import train_cifar
-from experiments import sweep
+from experiments import scenes, sweep
 from far import (
     FAR,
     ORDERINGS,
@@ -3797,6 +3797,9 @@ def test_levels_that_show_nothing_new_are_named(capsys):
         ("--ema 1", "lie in"),
         ("--path pictures", "--data folder"),
         ("--vae x", "needs --data folder"),
+        ("--text-encoder x", "needs --data captions"),
+        ("--data captions --text-encoder x", "--path is missing"),
+        ("--data captions --path experiments --text-encoder x", "neither .* nor .* is a file"),
         ("--data folder --path nowhere", "nowhere is no folder"),
         ("--data folder", "--path is missing"),
         ("--data folder --path . --channels 4", "grey"),
@@ -3804,7 +3807,7 @@ def test_levels_that_show_nothing_new_are_named(capsys):
         ("--batch 6 --grad-accum 4", "not divisible"),
         ("--num-classes 5", "10 classes"),
         ("--image-size 16", "images of"),
-        ("--cond-dim 4 --cond-tokens 2", "from Python"),
+        ("--cond-dim 4 --cond-tokens 2", "for Python"),
         ("--device warp", "warp is not usable"),
         ("--levels 0.5,0.2", "increase"),
         ("--patch-size 3", "divisible"),
@@ -4196,6 +4199,7 @@ def test_bad_checkpoints(digits, tmp_path, monkeypatch):
         ("--labels 1-3-5", "not understood"),
         ("--labels 5-3", "out of range"),
         ("--labels none --real wrong.npz", "needs labels"),
+        ("--prompt two", "--prompt is for models of texts"),
         ("--head-steps 0", ">= 1"),
         ("--head-steps 1,2", "head_steps"),
     ],
@@ -4462,7 +4466,7 @@ def test_imagenet64_batches(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_imagenet64()
     for _ in range(2):  # built, then used again
-        images, labels, classes, _ = train_cifar.load_imagenet64(".")
+        images, labels, classes, *_ = train_cifar.load_imagenet64(".")
         assert images.shape == (20, 3, 64, 64) and len(classes) == 1000
         assert images[6, :, 5, 7].tolist() == [4, 4, 104] and images[6, 2, 7, 5] == 4
         assert labels.tolist() == [v for k in range(10) for v in (k, 999 - k)]
@@ -4517,7 +4521,7 @@ def test_cifar10_through_torchvision(tmp_path, monkeypatch):
     cifar = train_cifar.torchvision.datasets.CIFAR10
     monkeypatch.setattr(cifar, "_check_integrity", lambda self: True)
     monkeypatch.setitem(cifar.meta, "md5", None)
-    images, labels, classes, _ = train_cifar.load_cifar10(str(tmp_path))
+    images, labels, classes, *_ = train_cifar.load_cifar10(str(tmp_path))
     assert images.shape == (10, 3, 32, 32) and images[4].unique().item() == 20
     assert labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
     assert classes == names["label_names"]
@@ -4688,6 +4692,352 @@ def test_training_on_latents_and_decoding(vae, pictures):
         run("other", *flags, "--channels", "5", "--steps", "1")
     with pytest.raises(ValueError, match="AutoencoderKL"):
         sample.load_vae("set")
+
+
+# ==== Scripts: captions
+WORDS = "a red green blue dot on the left right of some dark night".split()
+
+
+def save_encoder(folder, kind):
+    """A tiny text encoder of transformers with random weights, width 12: words, <s> and </s>."""
+    import tokenizers
+    import transformers
+
+    words = ["[PAD]", "[UNK]", "<s>", "</s>", *WORDS]
+    numbers = {word: n for n, word in enumerate(words)}
+    model = tokenizers.models.WordLevel(numbers, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
+    )
+    tokens = dict(unk_token="[UNK]", eos_token="</s>", model_max_length=20)
+    if kind != "Llama":
+        tokens["pad_token"] = "[PAD]"
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens).save_pretrained(
+        folder
+    )
+    torch.manual_seed(0)
+    own = dict(vocab_size=len(words), hidden_size=12, intermediate_size=8)
+    own.update(num_hidden_layers=1, num_attention_heads=2)
+    if kind == "CLIP":
+        vision = dict(own, image_size=8, patch_size=8)
+        own = dict(text_config=dict(own, eos_token_id=3), vision_config=vision)
+    if kind == "T5":
+        own = dict(vocab_size=len(words), d_model=12, d_kv=6, d_ff=8, num_layers=1, num_heads=2)
+    config = getattr(transformers, f"{kind}Config")(**own)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """The folder of a tiny BERT."""
+    folder = str(tmp_path_factory.mktemp("bert"))
+    save_encoder(folder, "Bert")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["Bert", "T5", "CLIP", "Llama"])
+def test_embeddings_are_the_last_hidden_states_of_each_text_alone(tmp_path, kind):
+    """Whatever stands beside it in the batch; zeros behind its last token."""
+    import transformers
+
+    save_encoder(tmp_path, kind)
+    encoder = sample.TextEncoder(str(tmp_path))
+    model = getattr(transformers, f"{kind}Model").from_pretrained(tmp_path).eval()
+    model = {"T5": model.get_encoder, "CLIP": lambda: model.text_model}.get(kind, lambda: model)()
+    texts = ["a red dot", "green", "a blue dot on the left of the night some dark"]
+    assert encoder.lengths(texts) == [5, 3, 13]
+    got = encoder(texts, 8)
+    assert got.shape == (3, 8, 12) and got.dtype == torch.float32
+    for text, row in zip(texts, got, strict=True):
+        # What is too long loses words, and not the mark at its end.
+        tokens = [2, *(4 + WORDS.index(word) for word in text.split()[:6]), 3]
+        want = model(input_ids=torch.tensor([tokens])).last_hidden_state[0]
+        assert torch.allclose(row[: len(tokens)], want, atol=1e-5)
+        assert (row[len(tokens) :] == 0).all() and want.abs().sum(1).min() > 0
+
+
+CAPTIONS = [
+    ["a red dot"],
+    ["green", "a green dot", "a dot on the left"],
+    ["a red dot", "night"],
+    ["a blue dot on the left of the dark"],
+]
+
+
+def write_captions(folder="set", texts=CAPTIONS, **changes):
+    """Pictures of 0, 10, 20, .. of red and their metadata.jsonl."""
+    lines = []
+    for k, text in enumerate(texts):
+        save_picture(f"{folder}/more/{k}.png", (10 * k, 0, 0))
+        if len(text) == 1:
+            text = text[0]
+        lines.append(json.dumps(dict(file_name=f"more/{k}.png", text=text)))
+    for n, line in changes.items():
+        lines[int(n.removeprefix("line"))] = line
+    pathlib.Path(folder, "metadata.jsonl").write_text("\n".join(lines) + "\n\n")
+
+
+def captions_args(encoder, *flags):
+    flags = ["--data", "captions", "--path", "set", "--text-encoder", encoder, *flags]
+    flags += ["--image-size", "8", "--batch", "2", "--steps", "4"]
+    args = train_cifar.parse_args([*SMALL, *flags])
+    args.device = torch.device("cpu")
+    return args
+
+
+def load_captions(encoder, *flags):
+    args = captions_args(encoder, *flags)
+    return train_cifar.load_data(args, args.config)
+
+
+@pytest.fixture
+def captions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_captions()
+
+
+@pytest.mark.parametrize("folder", ["set", "set/train"])
+def test_each_image_has_the_embeddings_of_its_captions(encoder, tmp_path, monkeypatch, folder):
+    """Equal captions are encoded once; a step draws each caption of an image equally often."""
+    monkeypatch.chdir(tmp_path)
+    write_captions(folder)
+    data = load_captions(encoder)
+    assert data.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30]
+    assert data.embeddings.shape == (6, 12, 12) and data.embeddings.dtype == torch.float16
+    assert data.text["captions"] == list(dict.fromkeys(itertools.chain(*CAPTIONS)))
+    used = data.embeddings.float()[data.embeddings.any(2)]
+    assert len(used) == sum(2 + len(text.split()) for text in data.text["captions"])
+    assert data.text["scale"] * used.std().item() == pytest.approx(1, abs=5e-3)
+
+    torch.manual_seed(0)
+    drawn = train_cifar.pick_embeddings(data, torch.arange(4).repeat(3000), "cpu")
+    own = sample.TextEncoder(encoder)
+    for k, texts in enumerate(CAPTIONS):
+        want = data.text["scale"] * own(texts, 12)  # [captions of the image, 12, 12]
+        distance = (drawn[k::4, None] - want).abs().amax((2, 3))
+        assert distance.amin(1).max() < 5e-3
+        shares = torch.bincount(distance.argmin(1)) / 3000
+        assert (shares - 1 / len(texts)).abs().max() < 0.04
+
+
+def test_captions_are_encoded_once_and_images_stay(encoder, captions, monkeypatch):
+    """A restart does what is missing; other captions, tokens or weights start anew."""
+    encode = sample.TextEncoder.__call__
+    encoded = []
+
+    def note(self, texts, K):
+        if stop in texts:
+            raise KeyboardInterrupt
+        encoded.extend(texts)
+        return encode(self, texts, K)
+
+    def encoded_by(*flags):
+        encoded.clear()
+        data = load_captions(encoder, *flags)
+        assert encoded.pop(0) == "a"  # the width is that of the first caption
+        return encoded, data
+
+    monkeypatch.setattr(sample.TextEncoder, "__call__", note)
+    monkeypatch.setattr(train_cifar.encode_missing_captions, "__defaults__", (2,))  # a batch
+    stop = None
+    load_captions(encoder)
+    reads = Reads(monkeypatch)
+    write_captions(texts=[["a", "dark"], ["the", "night"], ["blue", "dark night"], ["dot"]])
+    for k in range(4):
+        os.utime(f"set/more/{k}.png", (0, 0))
+    stop = "dark night"
+    with pytest.raises(KeyboardInterrupt):
+        load_captions(encoder)
+    stop = None
+    found, data = encoded_by()
+    assert found == ["blue", "dark night", "dot"]
+    want = encode(sample.TextEncoder(encoder), ["dark", "blue"], 4)
+    assert torch.allclose(data.embeddings[[1, 4]].float(), want, atol=2e-3)
+    assert data.labels.tolist() == [[0, 1], [2, 3], [4, 5], [6, -1]]
+
+    reads.paths.clear()
+    assert encoded_by()[0] == []
+    assert len(encoded_by("--cond-tokens", "6")[0]) == 7
+    os.utime(pathlib.Path(encoder, "model.safetensors"), (0, 0))
+    assert len(encoded_by()[0]) == 7
+    metadata = pathlib.Path("set/metadata.jsonl")
+    metadata.write_text(metadata.read_text().replace("dot", "red"))
+    assert len(encoded_by()[0]) == 7 and not reads.paths
+
+
+def test_processes_share_out_the_captions(encoder, captions, monkeypatch):
+    """The first of two encodes every other one; the second, started later, the rest."""
+    whole = load_captions(encoder).embeddings.clone()
+    write_captions(texts=[*CAPTIONS[:3], [CAPTIONS[3][0], "some night"]])
+    for rank, done in ((0, 4), (1, 7)):
+        monkeypatch.setattr(train_cifar, "processes", lambda rank=rank: (rank, 2))
+        data = load_captions(encoder)
+        assert data.embeddings.any(2).any(1).sum() == done
+    assert torch.allclose(data.embeddings[:6].float(), whole.float(), atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("{", r"metadata.jsonl, line 2 cannot be used \(JSONDecodeError"),
+        ("7", "line 2 .*no file_name"),
+        ('{"file_name": "more/0.png"}', "line 2 .*no text"),
+        ('{"file_name": "more/0.png", "text": []}', "line 2 .*no text"),
+        ('{"file_name": "more/0.png", "text": " "}', "line 2 .*a caption is empty"),
+        ('{"file_name": "more/0.png", "text": ["a", 3]}', "line 2 .*a caption is empty"),
+        ('{"file_name": "more/9.png", "text": "a"}', "line 2 .*more/9.png is not a file"),
+        ('{"file_name": "metadata.jsonl", "text": "a"}', "1 images cannot be read.*--skip-bad"),
+    ],
+)
+def test_captions_that_cannot_be_used(encoder, captions, line, words):
+    write_captions(line1=line)
+    with pytest.raises(ValueError, match=words):
+        load_captions(encoder)
+
+
+def test_wrong_encoders_and_numbers_of_tokens(encoder, captions, monkeypatch, capsys):
+    with pytest.raises(ValueError, match="--text-encoder is missing"):
+        train_cifar.parse_args(["--data", "captions", "--path", "set"])
+    with pytest.raises(ValueError, match="--num-classes is not for"):
+        load_captions(encoder, "--num-classes", "3")
+    with pytest.raises(ValueError, match="from ./nothing-there; it needs pip install transformers"):
+        load_captions("./nothing-there")
+    with pytest.raises(ValueError, match="--cond-tokens is 21; .* reads 3 to 20"):
+        load_captions(encoder, "--cond-tokens", "21")
+    assert not capsys.readouterr().out
+    data = load_captions(encoder, "--cond-tokens", "5")
+    assert data.embeddings.shape[1] == 5
+    assert "2 of 6 captions have more than 5 tokens and are cut" in capsys.readouterr().out
+    write_captions(texts=[["a"], ["a " * 30], ["the"]])
+    assert load_captions(encoder).embeddings.shape[1] == 20
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match="pip install transformers"):
+        load_captions(encoder)
+
+
+def test_a_bad_image_leaves_with_its_captions(encoder, vae, captions):
+    """Of pixels and of latents, whose last image moves to its place."""
+    pathlib.Path("set/more/1.png").write_text("no image")
+    data = load_captions(encoder, "--skip-bad")
+    assert data.images[:, 0, 0, 0].tolist() == [0, 20, 30]
+    assert data.labels.tolist() == [[0, -1, -1], [0, 4, -1], [5, -1, -1]]
+    flags = ["--vae", vae, "--preset", "cifar", "--channels", "3"]
+    data = load_captions(encoder, "--skip-bad", *flags)
+    assert data.labels.tolist() == [[0, -1, -1], [5, -1, -1], [0, 4, -1]]
+    assert data.images.shape == (3, 2, 6, 8, 8) and data.latents["vae"] == vae
+    assert not captions_args(encoder, *flags).flip
+
+
+CAPTIONED = "--data captions --path set --image-size 8 --batch 2 --lr-schedule constant".split()
+
+
+@pytest.fixture(scope="module")
+def captioned(encoder, tmp_path_factory):
+    """A folder with a short run on captions in out/."""
+    folder = tmp_path_factory.mktemp("captioned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_captions()
+        run("out", *CAPTIONED, "--text-encoder", encoder, "--steps", "4")
+    return folder
+
+
+def test_training_on_captions_resumes_exactly(captioned, encoder, monkeypatch, capsys):
+    """It goes on with the captions that it would have drawn; the last picture is of captions."""
+    monkeypatch.chdir(captioned)
+    run("half", *CAPTIONED, "--text-encoder", encoder, "--steps", "2")
+    run("half", "--resume", "--steps", "4")
+    assert same(*load("out", "model"), *load("half", "model"))
+    model, rest = sample.load_checkpoint("half/ckpt.pt")
+    c = model.config
+    assert (c.num_classes, c.cond_tokens, c.cond_dim) == (0, 12, 12)
+    assert rest["text"]["encoder"] == encoder and rest["settings"]["flip"] is False
+    assert "6 captions of 12 tokens, 4 images: a red dot; green;" in capsys.readouterr().out
+    assert os.path.exists("half/samples.png")
+    for wrong, words in (
+        (["--text-encoder", "x"], f"has --text-encoder {encoder}"),
+        (["--cond-tokens", "8"], "contradicts"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run("half", "--resume", "--steps", "9", *wrong)
+
+
+def test_prompts_are_drawn_and_kept_with_the_images(captioned, encoder, tmp_path, monkeypatch):
+    """Image i depends on seed, i and its prompt."""
+    monkeypatch.chdir(tmp_path)
+    state = load(captioned / "out")
+    for name, weights in state["ema"].items():
+        if weights.ndim > 1:  # a new model draws the same whatever the prompt
+            torch.nn.init.normal_(state["ema"][name], std=0.2)
+    torch.save(state, "random.pt")
+    model, rest = sample.load_checkpoint("random.pt")
+    two = ["a red dot", "night"]
+    flags = ["--prompt", two[0], "--prompt", two[1], "--n", "5", "--guidance", "2"]
+    draw("random.pt", "drawn", *flags, "--npz", "x.npz", "--png", "pngs")
+    images, prompts = np.load("x.npz").values()
+    assert prompts.tolist() == two[:1] * 3 + two[1:] * 2
+    embeddings = rest["text"]["scale"] * sample.TextEncoder(encoder)(two, 12)
+    generators = [torch.Generator().manual_seed(sample.seed_of(0, i)) for i in range(5)]
+    want = model.sample(embeddings[[0, 0, 0, 1, 1]], generator=generators, guidance=2.0)
+    want = sample.to_uint8(want).permute(0, 2, 3, 1).numpy()
+    assert np.abs(images.astype(int) - want).max() <= 1
+    # The folder of PNGs is one to train on.
+    files, labels, captions = train_cifar.list_captions("pngs")
+    assert captions == two and labels == [[0]] * 3 + [[1]] * 2
+    assert np.array_equal(np.asarray(Image.open(files[4])), images[4])
+
+    pathlib.Path("two.txt").write_text("night\n\na red dot\n")
+    draw("random.pt", "drawn", "--prompts", "two.txt", *flags[4:], "--npz", "y.npz")
+    others, prompts = np.load("y.npz").values()
+    assert prompts.tolist() == two[1:] * 3 + two[:1] * 2
+    changed = [not np.array_equal(*pair) for pair in zip(images, others, strict=True)]
+    assert changed == [True] * 5
+
+
+def test_prompts_with_an_encoder_that_moved(captioned, encoder, tmp_path, monkeypatch):
+    """Without prompts captions of the training are drawn, also from the weights alone."""
+    monkeypatch.chdir(tmp_path)
+    state = load(captioned / "out")
+    state["text"]["encoder"] = "./gone"
+    torch.save(state, "moved.pt")
+    with pytest.raises(ValueError, match="no text encoder can be loaded from ./gone"):
+        draw("moved.pt", "drawn", "--n", "2")
+    draw("moved.pt", "drawn", "--text-encoder", encoder, "--export", "half.pt")
+    draw("half.pt", "drawn", "--n", "12", "--npz", "x.npz")
+    want = [text for text in state["text"]["captions"] for _ in range(2)]
+    assert np.load("x.npz")["arr_1"].tolist() == want
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--labels", "3"], "--labels is for models of classes"),
+        (["--prompt", " "], "a prompt is empty"),
+        (["--prompt", "a " * 11], "has 13 tokens, the model reads 12"),
+        (["--prompt", "a", "--prompt", "dot", "--n", "1"], "--n 1 is less than the 2 prompts"),
+        (["--prompts", "nowhere.txt"], "--prompts nowhere.txt cannot be read"),
+        (["--text-encoder", "wide"], "wide gives 24 numbers a token, the model takes 12"),
+        (["--real", "set"], "--real needs labels"),
+    ],
+)
+def test_wrong_prompts(captioned, encoder, flags, words, monkeypatch):
+    monkeypatch.chdir(captioned)
+    call = sample.TextEncoder.__call__
+    start = sample.TextEncoder.__init__
+
+    def wide(self, texts, K):
+        return call(self, texts, K).repeat(1, 1, 2)
+
+    def from_here(self, name, device):
+        start(self, encoder, device)
+
+    if "wide" in flags:
+        monkeypatch.setattr(sample.TextEncoder, "__init__", from_here)
+        monkeypatch.setattr(sample.TextEncoder, "__call__", wide)
+    with pytest.raises(ValueError, match=words):
+        draw("out/ckpt.pt", "drawn", *flags)
 
 
 # ==== Scripts: speed and scale
@@ -5018,6 +5368,171 @@ def test_every_row_of_a_sweep_is_a_possible_model(tmp_path):
             config = train_cifar.parse_args([*flags, "--out", str(tmp_path)]).config
             assert set(levels) <= set(config.levels)
             far.sampling_config(far.FAR(config), draw)
+
+
+NUMBERS = "zero one two three four five six seven eight nine".split()
+SCENE_COLOURS = "red green blue yellow pink white".split()
+SYNONYMS = "scarlet emerald azure golden magenta snowy".split()
+
+
+def read_caption(caption):
+    """What a caption of scenes.py says, by its words: digits, colours, the relation or None."""
+    plural = {f"{word}s": n for n, word in enumerate(NUMBERS)}
+    plural["sixes"] = 6
+    words = caption.split()
+    for word in words:
+        if word in plural:
+            groups = {"two": 2, "three": 3, "four": 4, "pair": 2, "trio": 3, "quartet": 4}
+            (count,) = (groups[other] for other in words if other in groups)
+            return (plural[word],) * count, (), None
+    digits, colours = [], []
+    for word in words:
+        if word in NUMBERS or word.isdigit():
+            digits.append(int(word) if word.isdigit() else NUMBERS.index(word))
+        for names in (SCENE_COLOURS, SYNONYMS):
+            if word in names:
+                colours.append(SCENE_COLOURS[names.index(word)])
+    relation = None
+    for pattern, name in (
+        ("left", "left"),
+        ("right", "right"),
+        ("above|over|on top", "above"),
+        ("below|under|beneath", "below"),
+    ):
+        if re.search(pattern, caption):
+            relation = name
+    return tuple(digits), tuple(colours), relation
+
+
+def test_captions_of_scenes_say_what_scenes_are():
+    """Each caption belongs to one scene, and its words name all that is in it."""
+    known = scenes.scenes_by_caption()
+    said = 0
+    for kind in scenes.all_scenes().values():
+        for scene in kind:
+            captions = scenes.captions_of(scene) + scenes.captions_of(scene, seen=False)
+            said += len(captions)
+            assert all(known[caption] is scene or known[caption] == scene for caption in captions)
+    assert said == len(known)
+    for caption, scene in itertools.islice(known.items(), 0, None, 17):
+        assert read_caption(caption) == (scene.digits, scene.colours, scene.relation), caption
+        assert not re.search(r"\ba [aei]|\ban [^aei]", caption)
+
+
+def test_held_out_scenes_are_some_of_each_colour_count_and_relation():
+    every = scenes.all_scenes()
+    for kind, least, most in (
+        ("single object", 0, 0),
+        ("two objects", 0, 0),
+        ("counting", 0.1, 0.25),
+        ("colours", 0.1, 0.25),
+        ("position", 0.1, 0.25),
+    ):
+        held_out = [scene for scene in every[kind] if scenes.is_held_out(scene)]
+        assert least <= len(held_out) / len(every[kind]) <= most
+        for part in ("digits", "colours", "relation"):
+            values = {str(getattr(scene, part)) for scene in every[kind]}
+            if len(values) <= 10:  # colours and relations, all of which are held out somewhere
+                assert {str(getattr(scene, part)) for scene in held_out} in (values, set())
+    for scene in every["position"]:  # 3 left of 7 is 7 right of 3
+        a, b = scene.digits
+        opposite = dict(left="right", right="left", above="below", below="above")[scene.relation]
+        same = scenes.Scene("position", (b, a), (), opposite)
+        assert scenes.is_held_out(same) == scenes.is_held_out(scene)
+    for scene in every["colours and position"][::7]:
+        parts = [scenes.Scene("colours", (d,), (c,)) for d, c in zip(*scene[1:3], strict=True)]
+        parts.append(scenes.Scene("position", scene.digits, (), scene.relation))
+        assert scenes.is_held_out(scene) == any(map(scenes.is_held_out, parts))
+
+
+def test_scenes_are_judged_by_all_that_is_said():
+    """Real ones hold, but for a few unclear digits; those of another scene do not."""
+    judge = scenes.Judge()
+    _, digits = scenes.load_digits()
+    rng = np.random.default_rng(0)
+    every = [scene for kind in scenes.all_scenes().values() for scene in kind]
+    chosen = [every[k] for k in rng.permutation(len(every))[:150]]
+    every = scenes.all_scenes()
+    for kind in ("single object", "counting", "position"):
+        chosen += every[kind][::3]
+    pictures = np.stack([scenes.draw_scene(scene, digits, rng) for scene in chosen])
+    found = judge.find(pictures)
+    right = [judge.holds(*pair) for pair in zip(chosen, found, strict=True)]
+    assert np.mean(right) > 0.96
+    opposite = dict(left="right", right="left", above="below", below="above")
+    across = dict(left="above", right="below", above="left", below="right")
+    for scene, digits, good in zip(chosen, found, right, strict=True):
+        wrong = [scene._replace(digits=(*scene.digits, 3))]
+        wrong.append(scene._replace(digits=scene.digits[1:]))
+        wrong.append(scene._replace(digits=((scene.digits[0] + 1) % 10, *scene.digits[1:])))
+        if scene.relation:
+            wrong.append(scene._replace(relation=opposite[scene.relation]))
+            wrong.append(scene._replace(relation=across[scene.relation]))
+        if scene.colours:
+            wrong.append(scene._replace(colours=scene.colours[1:] + scene.colours[:1]))
+        for other in wrong:
+            assert other == scene or not (good and judge.holds(other, digits))
+
+
+def test_scenes_to_train_on_and_the_one_hot_encoder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    scenes.main(["set", "--n", "150"])
+    files, labels, captions = train_cifar.list_captions("set")
+    judge = scenes.Judge()
+    known = scenes.scenes_by_caption()
+    pictures = [sample.read_image(file, 24).transpose(1, 2, 0) for file in files]
+    seen = judge.find(pictures)
+    right = []
+    for two, found in zip(labels, seen, strict=True):
+        first, second = (known[captions[number]] for number in two)
+        assert first == second and not scenes.is_held_out(first)
+        right.append(judge.holds(first, found))
+        if right[-1]:  # what is left open is not held out either
+            assert not any(scenes.colour_held_out(digit, colour) for digit, colour, _ in found)
+            if len({digit for digit, _, _ in found}) == 2:
+                (a, _, place_a), (b, _, place_b) = found
+                holding = [r for r in scenes.RELATIONS if scenes.holds(r, place_a, place_b)]
+                assert len(holding) == 1 and not scenes.relation_held_out(a, b, holding[0])
+    assert np.mean(right) > 0.9
+
+    prompts = {}
+    for name in ("seen", "heldout", "unseen"):
+        prompts[name] = pathlib.Path(f"set/prompts_{name}.txt").read_text().splitlines()
+        held_out = [scenes.is_held_out(known[prompt]) for prompt in prompts[name]]
+        assert held_out == [name == "heldout"] * len(held_out)
+    assert set(prompts["seen"]) <= set(captions)
+    assert not set(prompts["unseen"]) & set(captions)
+
+    encoder = sample.TextEncoder("set/one-hot")
+    words = ["a red three", "three red sevens", "a crimson three"]
+    rows = encoder(words, 4)
+    one_hot = rows / rows.amax((1, 2), keepdim=True)
+    assert ((one_hot == 0) | (one_hot == 1)).all()
+    assert one_hot.sum(2).tolist() == [[1, 1, 1, 0]] * 3
+    a, red, three = one_hot[0, :3].argmax(1).tolist()
+    assert one_hot[1, :2].argmax(1).tolist() == [three, red]
+    assert one_hot[2, 0].argmax() == a and one_hot[2, 1].argmax() not in (a, red, three)
+
+    np.savez("good.npz", np.stack(pictures), np.array([captions[two[0]] for two in labels]))
+    np.savez("other.npz", np.stack(pictures), np.array(["a cat"] * len(pictures)))
+    capsys.readouterr()
+    scenes.main(["--score", "good.npz"])
+    lines = capsys.readouterr().out.splitlines()
+    kinds = [known[captions[two[0]]].kind for two in labels]
+    shares = []
+    for kind in scenes.WORDINGS:
+        shares.append(np.mean([good for good, k in zip(right, kinds, strict=True) if k == kind]))
+    cells = [f"{share:.2f}" for share in (*shares, np.mean(shares))]
+    assert lines[2] == f"| good.npz | {' | '.join(cells)} |"
+    assert lines[3].startswith("| real scenes for its prompts | ")
+    for wrong, words in (
+        (["--score", "other.npz"], "'a cat'. are no captions"),
+        (["--score", train_cifar.DIGITS], "no file of sample.py --npz"),
+        (["set"], "metadata.jsonl exists"),
+        ([], "a folder to write, or --score"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            scenes.main(wrong)
 
 
 def test_a_sweep_names_what_it_does_not_know():

@@ -1,9 +1,10 @@
-"""Train FAR on digits, CIFAR-10, ImageNet-64 or a folder of images; on a CPU, a GPU, or many.
+"""Train FAR on digits, CIFAR-10, ImageNet-64 or your images; on a CPU, a GPU, or many.
 
     python train_cifar.py --data digits                # two minutes on a laptop: out/digits/
     python train_cifar.py --data cifar10 --compile     # downloads CIFAR-10
     python train_cifar.py --data folder --path DIR     # DIR/train/<class>/*.jpg
     python train_cifar.py --data folder --path DIR --vae NAME    # latents of a VAE
+    python train_cifar.py --data captions --path DIR --text-encoder NAME    # DIR/metadata.jsonl
     torchrun --nproc_per_node=8 train_cifar.py ..      # on 8 GPUs
 
 The method is in far.py; the loop below is `train`, and one step of it `Run.step`.
@@ -16,6 +17,7 @@ import csv
 import functools
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -42,6 +44,7 @@ from tqdm import tqdm
 import sample
 from far import FAR, ORDERINGS, PRESETS, FARConfig, check, distinct_levels
 from sample import (
+    TextEncoder,
     add_settings,
     explained,
     list_folder,
@@ -50,6 +53,7 @@ from sample import (
     load_vae,
     read_image,
     seed_of,
+    spread,
     use_device,
     write_file,
 )
@@ -65,6 +69,7 @@ DEFAULTS = dict(
     data="digits",
     path=None,
     vae=None,
+    text_encoder=None,
     seed=0,
     steps=None,
     max_minutes=None,
@@ -83,6 +88,7 @@ DATA = {  # what differs by data set
     "digits": dict(preset="digits", batch=64, lr=3e-3, ema=0.999, max_minutes=2.0, flip=False),
     "cifar10": CIFAR,
     "folder": CIFAR,
+    "captions": dict(CIFAR, flip=False),  # left is not right
     "imagenet64": dict(LONG, preset="imagenet64", batch=256, lr=4e-4),
 }
 WITH_VAE = dict(LONG, preset="far_b", batch=2048, lr=8e-4)
@@ -93,20 +99,39 @@ DIGITS = os.path.join(sample.ROOT, "assets", "digits.npz")
 
 # ==== Data sets
 class Data(NamedTuple):
-    """Images, in memory or mapped from disk, their labels, and the names of the classes."""
+    """Images, in memory or mapped from disk, their labels, and the names of the classes.
+
+    With captions the labels are their numbers, and their embeddings belong to the data.
+    """
 
     # uint8 [n, C, H, H]. Of latents mean and log variance, for the image and its mirror image:
     # float16 [n, 2, 2 C, H, H].
     images: torch.Tensor
-    labels: torch.Tensor  # int64 [n]
+    labels: torch.Tensor  # int64 [n]; of captions [n, M], -1 where an image has fewer than M
     classes: list
     latents: dict = None  # of latents: the name of the VAE, and a scale
+    embeddings: torch.Tensor = None  # of captions: float16 [captions, K, cond_dim]
+    text: dict = None  # of captions: the name of the encoder, a scale, and a few of them
 
 
 def load_data(args, config):
-    """The data set of --data. Several processes: the first builds what the others map."""
-    if args.vae:  # all processes share the work
-        return load_latents(args.path, args.vae, config, args.device, args.skip_bad)
+    """The data set of --data."""
+    listing = list_classes
+    if args.data == "captions":
+        encoder = TextEncoder(args.text_encoder, args.device)  # an error now, not after the images
+        listing = list_captions
+    # All processes share the work of the VAE and of the text encoder.
+    if args.vae:
+        data = load_latents(args.path, args.vae, config, args.device, args.skip_bad, listing)
+    else:
+        data = load_images(args, config, listing)
+    if args.data == "captions":
+        return encode_captions(data, encoder, args)
+    return data
+
+
+def load_images(args, config, listing):
+    """The images of --data. Several processes: the first builds what the others map."""
     rank, _ = processes()
     if rank > 0:
         wait_for_all()
@@ -117,7 +142,7 @@ def load_data(args, config):
     elif args.data == "imagenet64" and not os.path.isdir(os.path.join(args.path, "train")):
         data = load_imagenet64(args.path)
     else:
-        data = load_folder(args.path, config, args.skip_bad)
+        data = load_folder(args.path, config, args.skip_bad, listing)
     if rank == 0:
         wait_for_all()
     return data
@@ -139,11 +164,19 @@ def load_cifar10(path):
     return Data(images, torch.tensor(data.targets), data.classes)
 
 
-def load_folder(path, config, skip_bad=False):
-    """Images path/train/<class>/*, decoded once, in parallel, into a map under data/."""
+def list_classes(path):
+    """Images path/train/<class>/* -> (files, labels, classes)."""
+    return list_folder(os.path.join(path, "train"))
+
+
+def load_folder(path, config, skip_bad=False, listing=list_classes):
+    """Images of a folder, decoded once, in parallel, into a map under data/.
+
+    listing(path) -> (files, label of each, names of the labels).
+    """
     C, H = config.channels, config.image_size
     check(C in (1, 3), f"--channels is {C}; images have 1 (grey) or 3 (colour)")
-    files, labels, classes = list_folder(os.path.join(path, "train"))
+    files, labels, classes = listing(path)
     read = functools.partial(read_image, size=H, channels=C)
 
     def chunks():
@@ -151,17 +184,18 @@ def load_folder(path, config, skip_bad=False):
         with ThreadPoolExecutor() as pool:
             images = pool.map(read, files)
             bar = tqdm(images, total=len(files), desc="read images", unit="image")
-            for file, label, image in zip(files, labels, bar, strict=True):
+            for number, image in enumerate(bar):
                 if image is None:
-                    bad.append(file)
+                    bad.append(files[number])
                 else:
-                    yield image[None], [label]
+                    yield image[None], [number]
         leave_out(bad, files, skip_bad)
 
-    folder = map_folder(path, f"{C}x{H}")
+    # The map keeps which file an image is from: labels can change, and the images stay.
+    folder = map_folder(path, f"images-{C}x{H}")
     key = digest(files, skip_bad)
-    images, labels = build_map(folder, key, (len(files), C, H, H), chunks())
-    return Data(images, labels, classes)
+    images, numbers = build_map(folder, key, (len(files), C, H, H), chunks())
+    return Data(images, torch.tensor(labels)[numbers], classes)
 
 
 # What a pickle of arrays may ask for; the core of numpy has another name since version 2.
@@ -253,6 +287,29 @@ def leave_out(bad, files, skip_bad):
         print(f"skipped {file}, which cannot be read")
 
 
+def open_map(file, finished, shape):
+    """Maps a .npy file, float16 of that shape, and one that says what of it is done, uint8 [n].
+
+    The processes fill them together, and a restart goes on. Without the second, which has a name of
+    its own for each state of the sources, both are made anew.
+    """
+    rank, _ = processes()
+    if rank == 0 and not finished.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for old in file.parent.glob("*.npy"):
+            old.unlink()
+        new_map(file, np.float16, shape)
+        new_map(finished, np.uint8, shape[:1])
+    wait_for_all()
+    return np.load(file, mmap_mode="r+"), np.load(finished, mmap_mode="r+")
+
+
+def my_share(done):
+    """The numbers of what is not done and this process does: of four, the third 2, 6, 10, .."""
+    rank, world = processes()
+    return np.flatnonzero(done[rank::world] == 0) * world + rank
+
+
 def build_map(folder, key, shape, chunks):
     """folder/images.npy uint8 [n, C, H, H] and labels-<key>.npy, mapped: (images, labels).
 
@@ -282,21 +339,22 @@ def build_map(folder, key, shape, chunks):
 
 
 # ==== Latents of a VAE
-def load_latents(path, name, config, device, skip_bad=False):
-    """Latents of path/train/<class>/* and of the mirror images, encoded once, by all processes.
+def load_latents(path, name, config, device, skip_bad=False, listing=list_classes):
+    """Latents of the images of a folder and of the mirror images, encoded once, by all processes.
 
     name: a diffusers AutoencoderKL. The images are cropped and resized so that their latents have
     the side config.image_size. A map under data/ keeps mean and log variance, and which are done: a
-    restart does what is missing.
+    restart does what is missing. listing: as in `load_folder`.
     """
-    files, labels, classes = list_folder(os.path.join(path, "train"))
+    files, labels, classes = listing(path)
     labels = np.array(labels)
     vae = load_vae(name, device)
     few = encode(vae, torch.zeros(1, 3, 64, 64, device=device))
     size = config.image_size * 64 // few.shape[-1]  # of the images, in pixels
     shape = encode(vae, torch.zeros(1, 3, size, size, device=device)).shape[1:]
     folder = map_folder(path, f"latents-{digest([], name)}-{size}")
-    array, done = open_latents(folder, digest(files), (len(files), 2, *shape))
+    finished = folder / f"finished-{digest(files)}.npy"
+    array, done = open_map(folder / "moments.npy", finished, (len(files), 2, *shape))
     encode_missing(vae, files, size, device, array, done)
     wait_for_all()
 
@@ -322,27 +380,10 @@ def encode(vae, x):
     return vae.encode(x).latent_dist.parameters
 
 
-def open_latents(folder, key, shape):
-    """Maps moments.npy, float16 of that shape, and finished-<key>.npy, uint8 [n].
-
-    They are new for a new key.
-    """
-    moments, finished = folder / "moments.npy", folder / f"finished-{key}.npy"
-    rank, _ = processes()
-    if rank == 0 and not finished.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("*.npy"):
-            old.unlink()
-        new_map(moments, np.float16, shape)
-        new_map(finished, np.uint8, shape[:1])
-    wait_for_all()
-    return np.load(moments, mmap_mode="r+"), np.load(finished, mmap_mode="r+")
-
-
 def encode_missing(vae, files, size, device, array, done, batch=32):
     """Encodes this process's share of the files that are not done yet."""
-    rank, world = processes()  # of four processes, the third encodes 2, 6, 10, ..
-    missing = np.flatnonzero(done[rank::world] == 0) * world + rank
+    rank, _ = processes()
+    missing = my_share(done)
     black = np.zeros((3, size, size), np.uint8)
     starts = range(0, len(missing), batch)
     with ThreadPoolExecutor() as pool:
@@ -364,6 +405,131 @@ def latent_scale(array):
     mean, log_variance = np.split(few, 2, axis=2)
     variance = mean.var() + np.exp(log_variance.clip(-30, 20)).mean()
     return float(variance**-0.5)
+
+
+# ==== Captions
+def find_metadata(path):
+    """The file metadata.jsonl in path or in path/train."""
+    places = [os.path.join(path, "metadata.jsonl"), os.path.join(path, "train", "metadata.jsonl")]
+    there = [place for place in places if os.path.isfile(place)]
+    check(there, f"neither {places[0]} nor {places[1]} is a file: lines of file_name and text")
+    return there[0]
+
+
+def list_captions(path):
+    """Images and captions of a metadata.jsonl -> (files, labels, captions).
+
+    A line holds file_name, from where it lies, and text, a caption or a list of them: Hugging
+    Face's ImageFolder. captions: each once. labels: the numbers of the captions of each image, M of
+    them, -1 where it has fewer.
+    """
+    metadata = find_metadata(path)
+    files, labels = [], []
+    numbers = {}  # caption -> its number
+    with open(metadata, "rb") as lines:
+        for n, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            with explained(f"{metadata}, line {n} cannot be used"):
+                file, texts = read_entry(line, os.path.dirname(metadata))
+            files.append(file)
+            labels.append([numbers.setdefault(text, len(numbers)) for text in texts])
+    check(files, f"{metadata} is empty")
+    most = max(map(len, labels))
+    labels = [label + [-1] * (most - len(label)) for label in labels]
+    return files, labels, list(numbers)
+
+
+def read_entry(line, folder):
+    """A line of a metadata.jsonl in a folder -> (file, list of captions)."""
+    entry = json.loads(line)
+    good = isinstance(entry, dict) and isinstance(entry.get("file_name"), str)
+    check(good, "it has no file_name")
+    file = os.path.join(folder, entry["file_name"])
+    check(os.path.isfile(file), f"{file} is not a file")
+    texts = entry.get("text")
+    if isinstance(texts, str):
+        texts = [texts]
+    good = isinstance(texts, list) and len(texts) > 0
+    check(good, "it has no text, a caption or a list of them")
+    good = all(isinstance(text, str) and text.strip() for text in texts)
+    check(good, "a caption is empty")
+    return file, texts
+
+
+def encode_captions(data, encoder, args):
+    """The data with embeddings of the captions, encoded once, by all processes.
+
+    A map under data/ keeps them, and which are done: a restart does what is missing.
+    """
+    name, captions = args.text_encoder, data.classes
+    K = choose_tokens(encoder, captions, args)
+    cond_dim = encoder(captions[:1], K).shape[-1]
+    weights = []  # other weights in a folder of the same name are another encoder
+    if os.path.isdir(name):
+        weights = sorted(str(file) for file in Path(name).iterdir() if file.is_file())
+    folder = map_folder(args.path, f"text-{digest([], name)}-{K}")
+    finished = folder / f"finished-{digest(weights, captions)}.npy"
+    shape = (len(captions), K, cond_dim)
+    array, done = open_map(folder / "embeddings.npy", finished, shape)
+    encode_missing_captions(encoder, captions, array, done)
+    wait_for_all()
+    few = [captions[i] for i in spread(len(captions), min(10, len(captions)))]
+    text = dict(encoder=name, scale=text_scale(array), captions=few)
+    return data._replace(classes=[], embeddings=torch.from_numpy(array), text=text)
+
+
+# The transformer reads all tokens of a caption: no more than this, unless more are asked for.
+MOST_TOKENS = 128
+
+
+def choose_tokens(encoder, captions, args):
+    """K: the longest caption's number of tokens, a multiple of 4, or what --cond-tokens says."""
+    lengths = encoder.lengths(captions)
+    K = min(-(-max(lengths) // 4) * 4, MOST_TOKENS, encoder.most)
+    if args.resume or "cond_tokens" in args.given:
+        K = args.config.cond_tokens
+    least = 1 + encoder.tokenizer.num_special_tokens_to_add()
+    good = least <= K <= encoder.most
+    check(good, f"--cond-tokens is {K}; {args.text_encoder} reads {least} to {encoder.most}")
+    longer = sum(length > K for length in lengths)
+    rank, _ = processes()
+    if longer and rank == 0:
+        print(f"{longer:,} of {len(lengths):,} captions have more than {K} tokens and are cut")
+    return K
+
+
+def encode_missing_captions(encoder, captions, array, done, batch=256):
+    """Encodes this process's share of the captions that are not done yet."""
+    rank, _ = processes()
+    missing = my_share(done)
+    starts = range(0, len(missing), batch)
+    for start in tqdm(starts, desc="encode captions", unit="batch", disable=rank > 0):
+        part = missing[start : start + batch]
+        texts = [captions[i] for i in part]
+        array[part] = encoder(texts, array.shape[1]).half().cpu().numpy()
+        array.flush()
+        done[part] = 1
+        done.flush()
+
+
+def text_scale(array):
+    """The factor that gives the tokens of captions deviation 1, from at most 5,000 captions."""
+    few = array[:: max(1, len(array) // 5000)]
+    tokens = few[few.any(2)].astype(np.float32)  # without what stands behind the last token
+    scale = float(1 / tokens.std())
+    check(0 < scale < math.inf, "embeddings of captions are not finite in float16, or all alike")
+    return scale
+
+
+def pick_embeddings(data, index, device):
+    """Embeddings [B, K, cond_dim] of one caption of each image of index [B], drawn at random."""
+    labels = data.labels[index]  # [B, M]
+    count = (labels >= 0).sum(1)
+    chosen = (torch.rand(len(labels), device=labels.device) * count).long()
+    numbers = labels.gather(1, chosen[:, None])[:, 0]
+    embeddings = data.embeddings[numbers].to(device, non_blocking=True)
+    return data.text["scale"] * embeddings.float()
 
 
 # ==== Batches
@@ -502,7 +668,8 @@ class Run:
         self.model.set_units(self.few_images(2000)[0])
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = make_optimizer(self.model, args.lr, args.weight_decay)
-        self.state = dict(step=0, seconds=0.0, log=[], classes=data.classes, latents=data.latents)
+        self.state = dict(step=0, seconds=0.0, log=[], classes=data.classes)
+        self.state.update(latents=data.latents, text=data.text)
         if args.resume:
             self.restore()
         self.set_threads()
@@ -530,7 +697,7 @@ class Run:
         self.optimizer.param_groups[0]["weight_decay"] = self.args.weight_decay
         same = state["classes"] == self.data.classes
         check(same, f"the classes of the data are not those of the run in {self.args.out}")
-        self.data = self.data._replace(latents=state["latents"])
+        self.data = self.data._replace(latents=state["latents"], text=state.get("text"))
         self.state = state
 
     def few_images(self, most):
@@ -568,9 +735,10 @@ class Run:
         if self.device.type != "cuda":
             return
         free, _ = torch.cuda.mem_get_info(self.device)
-        if self.data.images.nbytes < 0.4 * free:
-            images, labels = self.data.images.to(self.device), self.data.labels.to(self.device)
-            self.data = self.data._replace(images=images, labels=labels)
+        tensors = {name: x for name, x in self.data._asdict().items() if torch.is_tensor(x)}
+        if sum(x.nbytes for x in tensors.values()) < 0.4 * free:
+            moved = {name: x.to(self.device) for name, x in tensors.items()}
+            self.data = self.data._replace(**moved)
 
     def wrap(self):
         """The model as the steps call it: with checkpointing, compiled, in several processes."""
@@ -610,6 +778,8 @@ class Run:
 
     def batch(self, index, flip):
         x = make_batch(self.data, index, self.device, flip)
+        if self.data.text:
+            return x, pick_embeddings(self.data, index, self.device)
         if self.config.num_classes == 0:
             return x, None
         return x, self.data.labels[index].to(self.device, non_blocking=True)
@@ -854,7 +1024,8 @@ def summary(run):
 # Flags of a run's settings, beside those of the model: name, type, help.
 RUN_FLAGS = (
     ("path", str, "folder of the data; of cifar10, where it is or goes"),
-    ("vae", str, "with --data folder: train on latents of a diffusers AutoencoderKL"),
+    ("vae", str, "of folder and captions: train on latents of a diffusers AutoencoderKL"),
+    ("text_encoder", str, "of captions: a text encoder of transformers, its name or folder"),
     ("steps", int, "stop after so many steps"),
     ("max_minutes", float, "stop after so long"),
     ("batch", int, "images per step, over all processes"),
@@ -905,12 +1076,13 @@ def make_parser():
     add("--resume", action="store_true", help=text)
     add("--overwrite", action="store_true", help="start again although --out holds a run")
     for name, kind, text in RUN_FLAGS:
-        if "default" not in text and name not in ("path", "vae"):
+        if "default" not in text and name not in ("path", "vae", "text_encoder"):
             text = f"{text} ({defaults_text(name)})"
         add("--" + name.replace("_", "-"), type=kind, help=text)
     add("--lr-schedule", choices=("linear", "constant"), help="default: linear, to 0 at the end")
     switch = argparse.BooleanOptionalAction
-    add("--flip", action=switch, help="mirror half of the images (default: not of digits)")
+    text = "mirror half of the images (default: not of digits, captions)"
+    add("--flip", action=switch, help=text)
     add("--bf16", action=switch, help="bfloat16 arithmetic (default: where it is faster)")
     add("--skip-bad", action="store_true", help="leave out images that cannot be read")
     text = "torch.compile the model, on a GPU into CUDA graphs (unless --grad-accum)"
@@ -950,7 +1122,7 @@ def new_settings(args, given):
     """(settings of a new run, FARConfig)."""
     own = DATA[given.get("data", "digits")]
     if args.vae:
-        own = WITH_VAE
+        own = dict(WITH_VAE, flip=own.get("flip", True))
     run = {**DEFAULTS, **own}
     usual = run.pop("preset")
     config = preset_config(args.preset or usual, args.paper, args.given)
@@ -979,9 +1151,10 @@ def resumed_settings(args, given):
     whole = {"optimizer", "settings"} <= set(state)
     check(whole, f"{args.ckpt} holds weights alone and cannot be resumed")
     kept = {**DEFAULTS, **state["settings"]}
-    for name in ("data", "vae", "seed", "batch"):
+    for name in ("data", "vae", "text_encoder", "seed", "batch"):
         same = given.get(name, kept[name]) == kept[name]
-        check(same, f"the run of {args.ckpt} has --{name} {kept[name]}")
+        flag = "--" + name.replace("_", "-")
+        check(same, f"the run of {args.ckpt} has {flag} {kept[name]}")
     config = replace(model.config, **args.given)
     for name in args.given:
         before = getattr(model.config, name)
@@ -1010,10 +1183,11 @@ def check_args(args):
     parts = args.grad_accum * world
     message = f"--batch {args.batch} is not divisible by --grad-accum {args.grad_accum} times"
     check(args.batch % parts == 0, f"{message} {world} processes")
-    from_python = "models of embeddings are trained from Python; the data here have classes"
-    check(args.config.cond_dim == 0, f"--cond-dim: {from_python}")
+    good = "cond_dim" not in args.given
+    check(good, "--cond-dim is what --text-encoder gives; other embeddings are for Python")
     check_out(args)
     check_path(args)
+    check_captions(args)
 
 
 def check_path(args):
@@ -1024,11 +1198,23 @@ def check_path(args):
         check(args.path, "--path is missing: the folder that holds train/<class>/*.jpg")
         there = os.path.isdir(args.path)
         check(there, f"--path {args.path} is no folder; it must hold train/<class>/*.jpg")
-    check(not args.vae or args.data == "folder", "--vae needs --data folder")
+    good = not args.vae or args.data in ("folder", "captions")
+    check(good, "--vae needs --data folder or captions")
+
+
+def check_captions(args):
+    if args.data != "captions":
+        check(not args.text_encoder, "--text-encoder needs --data captions")
+        return
+    check(args.path, "--path is missing: the folder that holds metadata.jsonl")
+    find_metadata(args.path)
+    needed = "a text encoder of transformers, by its name or folder"
+    check(args.text_encoder, f"--text-encoder is missing: {needed}")
+    check("num_classes" not in args.given, "--num-classes is not for --data captions")
 
 
 def fit_config(args, data):
-    """The config with the number of classes of the data. ValueError where they do not fit."""
+    """The config with the classes or the captions of the data. ValueError where they do not fit."""
     c = args.config
     shape, size = list(data.images.shape[1:]), "--image-size and --channels"
     if data.latents:
@@ -1040,6 +1226,8 @@ def fit_config(args, data):
     check(args.batch <= n, f"--batch {args.batch} is more than the {n} images")
     few = data.images[:: max(1, n // 2000)]
     check(few.max() > few.min(), "all pixels of all images have one value: were they read right?")
+    if data.text:
+        return fit_captions(args, data)
     if not args.resume and "num_classes" not in args.given:
         c = replace(c, num_classes=classes)
     enough = c.num_classes == 0 or c.num_classes >= classes
@@ -1047,8 +1235,22 @@ def fit_config(args, data):
     return c
 
 
+def fit_captions(args, data):
+    """The config with the embeddings of the data; a resumed run must have the same."""
+    _, K, cond_dim = data.embeddings.shape
+    c = replace(args.config, num_classes=0, cond_tokens=K, cond_dim=cond_dim)
+    same = not args.resume or c == args.config
+    name = args.text_encoder
+    check(same, f"{name} gives {cond_dim} numbers a token, the run has {args.config.cond_dim}")
+    return c
+
+
 def describe(data):
-    """12 classes, 1,200 images: 0 cat, 1 dog, .."""
+    """12 classes, 1,200 images: 0 cat, 1 dog, .. Of captions: their number, tokens, and a few."""
+    if data.text:
+        captions, K, _ = data.embeddings.shape
+        few = "; ".join(data.text["captions"][:4])
+        return f"{captions:,} captions of {K} tokens, {len(data.images):,} images: {few}; .."
     names = [f"{i} {name}" for i, name in enumerate(data.classes)]
     if len(names) > 12:
         names[10:] = [".."]
