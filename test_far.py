@@ -5186,10 +5186,10 @@ def test_as_many_threads_as_are_fastest(monkeypatch):
     def calls_per_second(function, device, seconds):
         return rates[threads[-1]]
 
-    monkeypatch.setattr(train_cifar, "calls_per_second", calls_per_second)
+    monkeypatch.setattr(sample, "calls_per_second", calls_per_second)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    assert train_cifar.choose_threads(None) == 3
+    assert sample.choose_threads(None) == 3
     assert threads == [12, 6, 3, 1]
 
 

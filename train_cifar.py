@@ -46,6 +46,8 @@ from far import FAR, ORDERINGS, PRESETS, FARConfig, check, distinct_levels
 from sample import (
     TextEncoder,
     add_settings,
+    calls_per_second,
+    choose_threads,
     explained,
     list_folder,
     load_checkpoint,
@@ -585,20 +587,6 @@ def count_flops(function):
     return {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
 
 
-def calls_per_second(function, device, seconds=0.2):
-    """How often a function can be called; the median call counts, so that no disturbance does."""
-    function()  # warms up
-    wait = torch.get_device_module(device).synchronize
-    wait()
-    times = []
-    while len(times) < 5 or sum(times) < seconds:
-        begin = time.perf_counter()
-        function()
-        wait()
-        times.append(time.perf_counter() - begin)
-    return 1 / float(np.median(times))
-
-
 @functools.cache
 def matmul_rate(device, dtype):
     """Floating-point operations per second of a large matrix product: the machine's peak."""
@@ -615,22 +603,6 @@ def bf16_pays(args):
         return False
     fast = matmul_rate(args.device, torch.bfloat16)
     return fast > 2 * matmul_rate(args.device, torch.float32)
-
-
-def choose_threads(function):
-    """The number of threads for calls of a function: all, or on a busy machine fewer.
-
-    Half as many are taken where they are faster by a third, which on an idle machine they are not.
-    """
-    threads = torch.get_num_threads()
-    best, best_rate = threads, 0.0
-    while threads >= 1:
-        torch.set_num_threads(threads)
-        rate = calls_per_second(function, "cpu", seconds=0.5)
-        if rate > 4 / 3 * best_rate:
-            best, best_rate = threads, rate
-        threads //= 2
-    return best
 
 
 def peak_memory(device):
@@ -905,7 +877,6 @@ def train(args, config, data):
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_log(args))
         interrupted = stack.enter_context(catch_ctrl_c())
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
         # On a CPU the backward pass of flash attention is slow in bfloat16.
         flash = args.device.type == "cuda" or not args.bf16
         stack.callback(torch.backends.cuda.enable_flash_sdp, True)
@@ -1279,10 +1250,14 @@ def main(argv=None):
     if rank == 0:
         print(describe(data))
         warn_of_equal_levels(config)
-    train(args, config, data)
-    if rank == 0:
-        model, rest = load_checkpoint(args.ckpt, args.device)
-        sample.draw_samples(model, rest, args.out, seed=args.seed)
+    threads = torch.get_num_threads()
+    try:
+        train(args, config, data)
+        if rank == 0:  # with as many threads as the training has chosen
+            model, rest = load_checkpoint(args.ckpt, args.device)
+            sample.draw_samples(model, rest, args.out, seed=args.seed)
+    finally:
+        torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":
