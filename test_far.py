@@ -139,6 +139,9 @@ class LowPass:
     """
 
     functions = ["fourier"]
+    section = "4.1"
+    minutes = 20
+    teaches = "the 2-D Fourier transform of an image, frequencies in cycles per image"
 
     def check_waves(self, far, on_the_bound):
         for H, keep in itertools.product((5, 8), (0.25, 0.5, 0.8)):
@@ -178,6 +181,9 @@ class BlockCausalMask:
     """
 
     functions = ["block_causal_mask"]
+    section = "4.1"
+    minutes = 10
+    teaches = "causal attention over frequency levels"
     level = np.arange(6) // 2
 
     def check(self, mask, want, mistakes):
@@ -218,6 +224,9 @@ class KVCache:
     """
 
     functions = ["Attention.forward"]
+    section = "4.1"
+    minutes = 30
+    teaches = "attention by hand, dropout, keys and values kept between levels"
     mask = torch.arange(6)[:, None] // 2 >= torch.arange(6) // 2
 
     def setting(self, far):
@@ -313,6 +322,9 @@ class Schedules:
     """
 
     functions = ["Path.__call__"]
+    section = "4.2"
+    minutes = 20
+    teaches = "noise schedules, noise and velocity prediction as one formula"
     t = torch.linspace(0, 1, 11, dtype=torch.float64)
 
     def cosine(self):
@@ -367,6 +379,9 @@ class AdaLNBlock:
     """
 
     functions = ["HeadBlock.forward", "MixingBlock.forward"]
+    section = "4.2"
+    minutes = 20
+    teaches = "adaptive layer norm: how a condition steers a network"
 
     def by_hand(self, h, layers, numbers, one=1, residual=1, gated=True, normal=True):
         """numbers: shift, scale and gate of each layer; the other settings make mistakes."""
@@ -449,6 +464,9 @@ class DiffusionLoss:
     """
 
     functions = ["Path.noise", "DiffusionHead.loss", "FAR.forward", "FAR.average"]
+    section = "4.2"
+    minutes = 40
+    teaches = "forward diffusion, the diffusion loss of a token, averaged weights"
 
     def strange_path(self, far, run):
         """A path of other numbers than any real one; run.drawn keeps the times that are drawn."""
@@ -639,6 +657,9 @@ class SecondOrderSampler:
     """
 
     functions = ["Path.sample"]
+    section = "4.2"
+    minutes = 60
+    teaches = "DDPM, DDIM and a multistep solver in one loop"
     noise = torch.linspace(-2, 2, 21, dtype=torch.float64)[:, None]
 
     def path(self, far, first=0.999):
@@ -797,6 +818,9 @@ class GuidedStep:
     """
 
     functions = ["FAR.guided"]
+    section = "5"
+    minutes = 30
+    teaches = "classifier-free guidance without doing work twice"
 
     def run(self, far, S, guidance, factor=1):
         """The function network for z = 0, 1, 2, .. by sequence, and all that goes into the head,
@@ -1269,11 +1293,13 @@ def blank(source, names):
 def instructions(names):
     """README.md for students: what to do, and the tasks."""
     rows, tasks = [], []
-    lines = read_text("README.md").splitlines()
     for name in names:
-        rows += [line for line in lines if line.startswith(f"| `{name}` |")]
-        parts = ", ".join(in_words(part) for part in parts_of(name))
-        task = inspect.cleandoc(EXERCISES[name].__doc__)
+        exercise, parts = EXERCISES[name], parts_of(name)
+        functions = ", ".join(f"`{function}`" for function in exercise.functions)
+        row = [f"`{name}`", functions, exercise.section, exercise.minutes, len(parts)]
+        rows.append("| " + " | ".join(map(str, [*row, exercise.teaches])) + " |")
+        parts = ", ".join(in_words(part) for part in parts)
+        task = inspect.cleandoc(exercise.__doc__)
         tasks.append(f"\n## {name}\n\n{task}\n\nA point each: {parts}.\n")
     return README_MD.format(allowed=", ".join(ALLOWED), rows="\n".join(rows)) + "".join(tasks)
 
@@ -5542,8 +5568,61 @@ def test_a_sweep_names_what_it_does_not_know():
         sweep.main(["targets", "--seeds", "1,x"])
 
 
+# ==== README
+README = pathlib.Path(far.__file__).parent / "README.md"
+
+
+def defined_at(source):
+    """Line of each function, class, method and constant: {"FAR.sample": 1011, ..}."""
+    lines = {}
+
+    def visit(nodes, prefix):
+        for node in nodes:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                lines[prefix + node.name] = node.lineno
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, node.name + ".")
+            if isinstance(node, ast.Assign):
+                lines[prefix + ast.unparse(node.targets[0])] = node.lineno
+
+    visit(ast.parse(source).body, "")
+    return lines
+
+
+def test_readme_links_to_the_lines_of_far():
+    lines = defined_at(far_source())
+    links = re.findall(r"\[`([\w.]+)`\]\(far\.py#L(\d+)\)", README.read_text())
+    assert len(links) > 15
+    assert links == [(name, str(lines[name])) for name, _ in links]
+
+
+def test_the_loop_of_readme_trains_and_draws(tmp_path, monkeypatch):
+    """Its steps are fewer here; that 500 draw digits was seen."""
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.S | re.M)
+    (loop,) = [block for block in blocks if "AdamW" in block]
+    assert len(loop.splitlines()) < 22
+    digits = loop.replace("assets/digits.npz", train_cifar.DIGITS.replace(os.sep, "/"))
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("loop.py").write_text(digits.replace("range(500)", "range(3)"))
+    names = runpy.run_path("loop.py")
+    assert Image.open("digits.png").size == (10 * 50 + 2, 52)
+    fresh = names["FAR"](names["FARConfig"].preset("digits")).state_dict()
+    moved = names["average"].state_dict()
+    assert not torch.equal(moved["head.output.weight"], fresh["head.output.weight"])
+
+
 # ==== The notebook
 NOTEBOOK = pathlib.Path(far.__file__).parent / "tutorial.ipynb"
+
+
+def test_the_notebook_quotes_far_as_it_stands():
+    """Each line in a block of Python in its texts, one in sections 1 to 16, is a line of far.py."""
+    code = {line.strip() for line in far_source().splitlines()}
+    cells = nbformat.read(NOTEBOOK, 4).cells
+    texts = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    blocks = re.findall(r"^```python\n(.*?)^```", texts, re.S | re.M)
+    assert len(blocks) == 16
+    assert {line for block in blocks for line in block.splitlines()} <= code
 
 
 def code_cells(notebook):
