@@ -4740,9 +4740,8 @@ def save_encoder(folder, kind):
     tokens = dict(unk_token="[UNK]", eos_token="</s>", model_max_length=20)
     if kind != "Llama":
         tokens["pad_token"] = "[PAD]"
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens).save_pretrained(
-        folder
-    )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     own = dict(vocab_size=len(words), hidden_size=12, intermediate_size=8)
     own.update(num_hidden_layers=1, num_attention_heads=2)
@@ -4771,7 +4770,10 @@ def test_embeddings_are_the_last_hidden_states_of_each_text_alone(tmp_path, kind
     save_encoder(tmp_path, kind)
     encoder = sample.TextEncoder(str(tmp_path))
     model = getattr(transformers, f"{kind}Model").from_pretrained(tmp_path).eval()
-    model = {"T5": model.get_encoder, "CLIP": lambda: model.text_model}.get(kind, lambda: model)()
+    if kind == "T5":
+        model = model.get_encoder()
+    if kind == "CLIP":
+        model = model.text_model
     texts = ["a red dot", "green", "a blue dot on the left of the night some dark"]
     assert encoder.lengths(texts) == [5, 3, 13]
     got = encoder(texts, 8)

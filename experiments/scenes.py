@@ -17,7 +17,8 @@ Between them, on a laptop:
 
     python train_cifar.py --data captions --path data/scenes --image-size 24 \\
         --text-encoder data/all-MiniLM-L6-v2 --levels 0.25,0.5,1 --width 128 --depth 4 \\
-        --head-width 128 --batch 64 --lr 2e-3 --warmup 200 --ema 0.999 --max-minutes 30
+        --head-width 128 --head-depth 4 --batch 32 --lr 2e-3 --warmup 100 --ema 0.999 \\
+        --max-minutes 30
     python sample.py --ckpt out/captions/ckpt.pt --guidance 2 --n 840 \\
         --prompts data/scenes/prompts_seen.txt --npz out/seen.npz
 """
@@ -39,6 +40,7 @@ import sample
 from far import check
 
 SIDE = 24  # of a picture, in pixels; a digit has 8
+GRID = 4  # digits lie on a grid of so many pixels, those of a patch: much easier than on one of 1
 GAP = 10  # digits are so far apart, from corner to corner, across or down
 
 # ==== What a picture shows, and what is said of it
@@ -257,11 +259,11 @@ def places(count, relation, rng):
     """
     half = SIDE // 2
     while True:
-        place = rng.integers(0, SIDE - 8 + 1, (count, 2))
+        place = GRID * rng.integers(0, (SIDE - 8) // GRID + 1, (count, 2))
         if count > 2:  # each in a quarter of its own
             quarter = rng.permutation(4)[:count]
             corner = np.stack([quarter // 2, quarter % 2], 1) * half
-            place = corner + rng.integers(0, half - 8 + 1, (count, 2))
+            place = corner + GRID * rng.integers(0, (half - 8) // GRID + 1, (count, 2))
         apart = np.abs(place[:, None] - place).max(2) + SIDE * np.eye(count)
         if apart.min() < GAP:
             continue
