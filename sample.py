@@ -138,7 +138,10 @@ def fastest_threads(model):
     before = torch.get_num_threads()
     if model.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         c = model.config
-        images = torch.zeros(16, c.channels, c.image_size, c.image_size)
+        few = min(
+            16, max(1, 1600 // (c.num_tokens * model.F))
+        )  # little work, also for large models
+        images = torch.zeros(few, c.channels, c.image_size, c.image_size)
         with torch.inference_mode():
             choose_threads(functools.partial(model, images))
     try:

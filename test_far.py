@@ -5221,6 +5221,26 @@ def test_as_many_threads_as_are_fastest(monkeypatch):
     assert threads == [12, 6, 3, 1]
 
 
+def test_drawing_takes_as_many_threads_as_are_fastest_and_gives_them_back(monkeypatch):
+    before = torch.get_num_threads()
+    calls = []
+
+    def choose_threads(function):
+        calls.append(function())
+        torch.set_num_threads(before + 3)
+
+    monkeypatch.setattr(sample, "choose_threads", choose_threads)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with sample.fastest_threads(tiny()):
+        assert torch.get_num_threads() == before
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for settings in (dict(), dict(cond_dim=5)):
+        with sample.fastest_threads(tiny(**settings)):
+            assert torch.get_num_threads() == before + 3
+        assert torch.get_num_threads() == before
+    assert len(calls) == 2  # a pass of the model is what is timed
+
+
 @pytest.mark.parametrize(
     "world, device, backend",
     [(2, "cpu", "gloo"), (2, "cuda", "cpu:gloo,cuda:nccl"), (1, "cuda", "")],
