@@ -17,10 +17,10 @@ Between them, on a laptop:
 
     python train_cifar.py --data captions --path data/scenes --image-size 24 \\
         --text-encoder data/all-MiniLM-L6-v2 --levels 0.25,0.5,1 --width 128 --depth 4 \\
-        --head-width 128 --head-depth 4 --batch 32 --lr 2e-3 --warmup 100 --ema 0.999 \\
-        --max-minutes 30
-    python sample.py --ckpt out/captions/ckpt.pt --guidance 2 --n 840 \\
-        --prompts data/scenes/prompts_seen.txt --npz out/seen.npz
+        --head-width 128 --head-depth 3 --time-shift 0.5 --batch 32 --lr 3e-3 --warmup 200 \\
+        --ema 0.998 --max-minutes 30
+    python sample.py --ckpt out/captions/ckpt.pt --guidance 3 --guidance-schedule constant \\
+        --n 840 --prompts data/scenes/prompts_seen.txt --npz out/seen.npz
 """
 
 import argparse
@@ -39,9 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from far import check
 
-SIDE = 24  # of a picture, in pixels; a digit has 8
-GRID = 4  # digits lie on a grid of so many pixels, those of a patch: much easier than on one of 1
-GAP = 10  # digits are so far apart, from corner to corner, across or down
+SIDE = 24  # of a picture, in pixels
+DIGIT = 10  # of a digit, in the middle of a quarter of the picture
 
 # ==== What a picture shows, and what is said of it
 ONE = "zero one two three four five six seven eight nine".split()
@@ -237,9 +236,12 @@ def scenes_by_caption():
 
 # ==== Pictures
 def load_digits():
-    """Digits float32 [n, 8, 8] in [0, 1] and labels [n]: (those to train with, those to judge)."""
+    """Digits float32 [n, DIGIT, DIGIT] in [0, 1] and labels [n]: those to train with, and those to
+    judge."""
     file = np.load(os.path.join(sample.ROOT, "assets", "digits.npz"))
-    images, labels = file["images"][..., 0] / np.float32(255), file["labels"]
+    labels = file["labels"]
+    enlarged = [Image.fromarray(x).resize((DIGIT, DIGIT)) for x in file["images"][..., 0]]
+    images = np.stack(enlarged) / np.float32(255)
     other = np.arange(len(images)) % 4 == 0
     return (images[~other], labels[~other]), (images[other], labels[other])
 
@@ -253,25 +255,16 @@ def holds(relation, a, b):
 
 
 def places(count, relation, rng):
-    """Random places of the upper left corners of digits, [count, 2], that do not touch.
+    """Upper left corners of digits, each in a quarter of its own, [count, 2], row and column.
 
-    The first two are in the relation, with a margin.
+    The first two are in the relation.
     """
-    half = SIDE // 2
+    quarter = SIDE // 2
     while True:
-        place = GRID * rng.integers(0, (SIDE - 8) // GRID + 1, (count, 2))
-        if count > 2:  # each in a quarter of its own
-            quarter = rng.permutation(4)[:count]
-            corner = np.stack([quarter // 2, quarter % 2], 1) * half
-            place = corner + GRID * rng.integers(0, (half - 8) // GRID + 1, (count, 2))
-        apart = np.abs(place[:, None] - place).max(2) + SIDE * np.eye(count)
-        if apart.min() < GAP:
-            continue
-        if relation is None:
-            return place
-        margin = np.abs(place[0] - place[1])
-        if holds(relation, *place) and np.ptp(margin) >= 5:
-            return place
+        chosen = rng.permutation(4)[:count]
+        corner = quarter * np.stack([chosen // 2, chosen % 2], 1)
+        if relation is None or holds(relation, *corner):
+            return corner + (quarter - DIGIT) // 2
 
 
 def draw_scene(scene, digits, rng):
@@ -293,7 +286,7 @@ def draw_scene(scene, digits, rng):
     ):
         image = images[rng.choice(np.flatnonzero(labels == digit))]
         row, column = place
-        picture[row : row + 8, column : column + 8] += image[..., None] * COLOURS[colour]
+        picture[row : row + DIGIT, column : column + DIGIT] += image[..., None] * COLOURS[colour]
     return picture.round().clip(0, 255).astype(np.uint8)
 
 
@@ -393,21 +386,22 @@ class Judge:
         middle = np.stack([self.centred(image) for image in images])
         padded = np.pad(middle, ((0, 0), (1, 1), (1, 1)))
         # Each digit in 9 places, a pixel apart: the nearest counts.
-        shifted = [padded[:, r : r + 8, c : c + 8] for r in range(3) for c in range(3)]
-        self.known = torch.from_numpy(np.stack(shifted)).flatten(2)  # [9, m, 64]
+        shifted = [padded[:, r : r + DIGIT, c : c + DIGIT] for r in range(3) for c in range(3)]
+        self.known = torch.from_numpy(np.stack(shifted)).flatten(2)  # [9, m, DIGIT^2]
 
     def centred(self, image):
-        """What is not dark of an image [H, W] in [0, 1], at most 8 x 8, in the middle of 8 x 8."""
+        """What is not dark of an image [H, W] in [0, 1], in the middle of DIGIT x DIGIT pixels."""
         rows = np.flatnonzero((image > 0.2).any(1))
         columns = np.flatnonzero((image > 0.2).any(0))
-        ink = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1][:8, :8]
-        out = np.zeros((8, 8), np.float32)
-        row, column = (8 - ink.shape[0]) // 2, (8 - ink.shape[1]) // 2
-        out[row : row + ink.shape[0], column : column + ink.shape[1]] = ink
+        ink = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1][:DIGIT, :DIGIT]
+        height, width = ink.shape
+        out = np.zeros((DIGIT, DIGIT), np.float32)
+        row, column = (DIGIT - height) // 2, (DIGIT - width) // 2
+        out[row : row + height, column : column + width] = ink
         return out
 
     def read(self, crops):
-        """Crops [n, 8, 8] -> digits [n]: the vote of the 5 nearest of the training digits."""
+        """Crops [n, DIGIT, DIGIT] -> digits [n]: the vote of the 5 nearest training digits."""
         x = torch.from_numpy(np.stack(crops)).flatten(1)
         votes = []
         for part in x.split(1000):
