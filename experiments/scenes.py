@@ -72,8 +72,8 @@ RELATION_WORDS = {
     "below": ["below", "under"],
 }
 UNSEEN_RELATION_WORDS = {
-    "left": ["on the left-hand side of"],
-    "right": ["on the right-hand side of"],
+    "left": ["on the left side of"],
+    "right": ["on the right side of"],
     "above": ["on top of"],
     "below": ["beneath"],
 }
