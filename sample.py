@@ -736,6 +736,30 @@ def compare(drawing, real, truth, model, steps):
 
 
 # ==== Command line
+@contextlib.contextmanager
+def stopped_in_a_sentence(script):
+    """What a user can mend, or Ctrl-C, ends the script with one sentence and no traceback."""
+    try:
+        yield
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        sys.exit(f"{script}: {str(error) or 'stopped'}")
+
+
+def new_parser(description, **settings):
+    """A parser that prints its description as it stands and takes no shortened flags."""
+    return argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **settings,
+    )
+
+
+def flag_of(name):
+    """The flag of a setting: head_steps -> --head-steps."""
+    return "--" + name.replace("_", "-")
+
+
 def one_or_list(kind):
     """For argparse: "3" -> 3, "3,4" -> [3, 4]."""
 
@@ -766,7 +790,7 @@ def add_settings(group, names, text=None):
     for f in fields(FARConfig):
         if f.name not in names:
             continue
-        flag = "--" + f.name.replace("_", "-")
+        flag = flag_of(f.name)
         if f.type is bool:
             options = dict(action=argparse.BooleanOptionalAction)
         else:
@@ -779,11 +803,7 @@ def add_settings(group, names, text=None):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--ckpt", default=WEIGHTS, help="checkpoint (default: the CIFAR-10 weights in assets)")
     add(
@@ -990,7 +1010,5 @@ def report(scores, out):
 
 
 if __name__ == "__main__":
-    try:
+    with stopped_in_a_sentence("sample.py"):
         main()
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        sys.exit(f"sample.py: {str(error) or 'stopped'}")

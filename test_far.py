@@ -5596,19 +5596,19 @@ README = pathlib.Path(far.__file__).parent / "README.md"
 
 def defined_at(source):
     """Line of each function, class, method and constant: {"FAR.sample": 1011, ..}."""
-    lines = {}
-
-    def visit(nodes, prefix):
-        for node in nodes:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                lines[prefix + node.name] = node.lineno
-            if isinstance(node, ast.ClassDef):
-                visit(node.body, node.name + ".")
-            if isinstance(node, ast.Assign):
-                lines[prefix + ast.unparse(node.targets[0])] = node.lineno
-
-    visit(ast.parse(source).body, "")
+    tree = ast.parse(source)
+    lines = {name: node.lineno for name, node in find_functions(tree).items()}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            lines[node.name] = node.lineno
+        if isinstance(node, ast.Assign):
+            lines[ast.unparse(node.targets[0])] = node.lineno
     return lines
+
+
+def python_blocks(text):
+    """The blocks of Python in a text of Markdown."""
+    return re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
 
 
 def test_readme_links_to_the_lines_of_far():
@@ -5620,8 +5620,7 @@ def test_readme_links_to_the_lines_of_far():
 
 def test_the_loop_of_readme_trains_and_draws(tmp_path, monkeypatch):
     """Its steps are fewer here; that 500 draw digits was seen."""
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.S | re.M)
-    (loop,) = [block for block in blocks if "AdamW" in block]
+    (loop,) = [block for block in python_blocks(README.read_text()) if "AdamW" in block]
     assert len(loop.splitlines()) < 22
     digits = loop.replace("assets/digits.npz", train_cifar.DIGITS.replace(os.sep, "/"))
     monkeypatch.chdir(tmp_path)
@@ -5642,7 +5641,7 @@ def test_the_notebook_quotes_far_as_it_stands():
     code = {line.strip() for line in far_source().splitlines()}
     cells = nbformat.read(NOTEBOOK, 4).cells
     texts = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    blocks = re.findall(r"^```python\n(.*?)^```", texts, re.S | re.M)
+    blocks = python_blocks(texts)
     assert len(blocks) == 16
     assert {line for block in blocks for line in block.splitlines()} <= code
 

@@ -49,13 +49,16 @@ from sample import (
     calls_per_second,
     choose_threads,
     explained,
+    flag_of,
     list_folder,
     load_checkpoint,
     load_ordering,
     load_vae,
+    new_parser,
     read_image,
     seed_of,
     spread,
+    stopped_in_a_sentence,
     use_device,
     write_file,
 )
@@ -1033,11 +1036,7 @@ def presets_text(name):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--data", choices=DATA, help="default: digits")
     add("--preset", choices=PRESETS, help="default: what fits --data; far_b with --vae")
@@ -1049,7 +1048,7 @@ def make_parser():
     for name, kind, text in RUN_FLAGS:
         if "default" not in text and name not in ("path", "vae", "text_encoder"):
             text = f"{text} ({defaults_text(name)})"
-        add("--" + name.replace("_", "-"), type=kind, help=text)
+        add(flag_of(name), type=kind, help=text)
     add("--lr-schedule", choices=("linear", "constant"), help="default: linear, to 0 at the end")
     switch = argparse.BooleanOptionalAction
     text = "mirror half of the images (default: not of digits, captions)"
@@ -1124,12 +1123,12 @@ def resumed_settings(args, given):
     kept = {**DEFAULTS, **state["settings"]}
     for name in ("data", "vae", "text_encoder", "seed", "batch"):
         same = given.get(name, kept[name]) == kept[name]
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         check(same, f"the run of {args.ckpt} has {flag} {kept[name]}")
     config = replace(model.config, **args.given)
     for name in args.given:
         before = getattr(model.config, name)
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         same = getattr(config, name) == before
         check(same, f"{flag} contradicts the run in {args.out}, which has {before}")
     run = with_given(kept, given)
@@ -1145,7 +1144,7 @@ def check_args(args):
     positive = "steps max_minutes batch grad_accum lr warmup clip threads log_every save_minutes"
     for name in positive.split():
         value = getattr(args, name)
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         check(value is None or 0 < value < 1e9, f"{flag} must be above 0 and below 1e9")
     check(0 <= args.ema < 1, "--ema must lie in [0, 1)")
     check(0 <= args.seed < 2**63, "--seed must lie in [0, 2^63)")
@@ -1261,12 +1260,11 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
+    with stopped_in_a_sentence("train_cifar.py"):
+        try:
+            main()
+        except torch.cuda.OutOfMemoryError as error:
+            first = str(error).splitlines()[0]
+            raise ValueError(f"{first} Lower --batch, or raise --grad-accum") from None
         if dist.is_initialized():
             dist.destroy_process_group()
-    except torch.cuda.OutOfMemoryError as error:
-        first = str(error).splitlines()[0]
-        sys.exit(f"train_cifar.py: {first} Lower --batch, or raise --grad-accum")
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        sys.exit(f"train_cifar.py: {str(error) or 'stopped'}")

@@ -23,7 +23,6 @@ Between them, on a laptop:
         --n 840 --prompts data/scenes/prompts_seen.txt --npz out/seen.npz
 """
 
-import argparse
 import json
 import os
 import sys
@@ -497,11 +496,7 @@ def print_row(name, scores):
 
 # ==== Command line
 def make_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = sample.new_parser(__doc__)
     add = parser.add_argument
     add("folder", nargs="?", help="folder to write")
     add("--n", type=int, default=20000, help="number of training pictures (default: %(default)s)")
@@ -523,7 +518,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
+    with sample.stopped_in_a_sentence("scenes.py"):
         main()
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        sys.exit(f"scenes.py: {str(error) or 'stopped'}")

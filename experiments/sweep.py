@@ -10,7 +10,6 @@ plot.png to out/sweep/NAME/. Models lie in out/sweep/models/, where comparisons 
 again, it does what is missing. After a change of far.py choose another --out.
 """
 
-import argparse
 import contextlib
 import csv
 import hashlib
@@ -381,12 +380,8 @@ def plot_curves(path, rows, lines, axes_of):
 
 # ==== Command line
 def make_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="All other flags are passed on to train_cifar.py, for all rows.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    more = "All other flags are passed on to train_cifar.py, for all rows."
+    parser = sample.new_parser(__doc__, epilog=more)
     add = parser.add_argument
     add("name", choices=COMPARISONS, help="the comparison")
     add("--rows", help="only these rows or curves, such as dct,raster (default: all)")
@@ -469,7 +464,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
+    with sample.stopped_in_a_sentence("sweep.py"):
         main()
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        sys.exit(f"sweep.py: {str(error) or 'stopped'}")
