@@ -3225,27 +3225,49 @@ def settled(config):
     return {name: value for name, value in vars(config).items() if name not in raw}
 
 
-@pytest.mark.slow
-def test_shipped_cifar_weights():
-    """Units by formula; pictures with the contrast and the spectrum of photographs, and with
-    labels that steer: airplanes and ships are bluer than deer and frogs."""
-    path = os.path.join(ROOT, "assets", "far_cifar10.pt")
-    assert os.path.getsize(path) < 25e6
-    state = torch.load(path, weights_only=True)
-    config = FARConfig.from_dict(state["config"])
-    assert settled(config) == settled(FARConfig.preset("cifar_cascade", guidance=[1.5, 1.25]))
-    model = FAR(config).eval()
-    model.load_state_dict({name: value.float() for name, value in state["ema"].items()})
-    # dct keeps 8 x 8 of 32 x 32 coefficients; the published means and deviations of CIFAR-10.
-    np.testing.assert_allclose(model.noise_unit, np.sqrt([1 / 16, 15 / 16]), rtol=0.01)
-    mean, deviation = np.array([[0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]])
-    variance = 4 * ((deviation**2).mean() + mean.var())
-    assert model.unit.square().sum().item() == pytest.approx(variance, rel=0.02)
+def shipped_weights(name, limit):
+    """The model of a file in assets, smaller than limit bytes."""
+    path = os.path.join(ROOT, "assets", name)
+    assert os.path.getsize(path) < limit
+    model, rest = sample.load_checkpoint(path)
+    assert rest["classes"][:2] == ["airplane", "automobile"]
+    return model
+
+
+def check_labels_steer(model):
+    """Airplanes and ships are bluer than deer and frogs; neighbours are alike. Returns images."""
     labels = torch.tensor([0, 8, 4, 6]).repeat_interleave(4)
     x = model.sample(labels, head_steps=5, generator=seeded())
     blue = (x[:, 2] - x[:, :2].mean(1)).mean((1, 2))
     assert blue[:8].mean() > blue[8:].mean() + 0.1
     assert np.corrcoef(x[..., :-1].flatten(), x[..., 1:].flatten())[0, 1] > 0.85
+    return x
+
+
+@pytest.mark.slow
+def test_shipped_laptop_weights():
+    """Pictures with labels that steer, with the contrast of photographs in low and high bands."""
+    model = shipped_weights("far_cifar10_cpu.pt", 8.1e6)
+    assert settled(model.config) == settled(FARConfig.preset("cifar_laptop"))
+    x = check_labels_steer(model)
+    coarse = far.dct(x, 0.25)
+    assert 0.35 < coarse.std() < 0.65
+    assert 0.1 < (x - coarse).std() < 0.3
+
+
+@pytest.mark.slow
+def test_shipped_cifar_weights():
+    """Units by formula; pictures with the contrast and the spectrum of photographs, and with
+    labels that steer."""
+    model = shipped_weights("far_cifar10.pt", 25e6)
+    config = FARConfig.preset("cifar_cascade", guidance=[1.5, 1.25])
+    assert settled(model.config) == settled(config)
+    # dct keeps 8 x 8 of 32 x 32 coefficients; the published means and deviations of CIFAR-10.
+    np.testing.assert_allclose(model.noise_unit, np.sqrt([1 / 16, 15 / 16]), rtol=0.01)
+    mean, deviation = np.array([[0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]])
+    variance = 4 * ((deviation**2).mean() + mean.var())
+    assert model.unit.square().sum().item() == pytest.approx(variance, rel=0.02)
+    x = check_labels_steer(model)
     coarse = far.dct(x, 0.25)
     assert 0.7 < coarse.std() / model.unit[0] < 1.15
     assert 0.45 < (x - coarse).std() / model.unit[1] < 1.15  # few steps blur
