@@ -16,8 +16,8 @@ frequencies, another one at each level (section 4.2; the setting target="residua
 
 The default settings are the method with modern parts: `dct` as low-pass filter, a head whose tokens
 see each other, velocity prediction on a linear path, a second-order solver. The paper's own are
-FARConfig.preset(name, paper=True). "Beyond the paper" marks what this file adds. In the presets
-"cifar" and "imagenet64" the transformer reads x_i alone ("markov", as in the published code), which
+FARConfig.preset(name, paper=True). "Beyond the paper" marks what this file adds. In the presets for
+CIFAR-10 and ImageNet-64 the transformer reads x_i alone ("markov", as in the published code), which
 trains several times faster; in the others x_0 .. x_i ("causal").
 
 An example with shapes, the preset "digits": images of 8 x 8 pixels, patches of 4 x 4 pixels and
@@ -212,8 +212,8 @@ PRESETS = {
         head_steps=24,
     ),
     "cifar": dict(),  # the defaults of FARConfig
-    # For an evening on two CPU cores, with weights in assets, on which guidance and temperature
-    # were measured.
+    # Trains in an evening on two CPU cores. Guidance and temperature were chosen for its weights in
+    # assets, see experiments/results.md.
     "cifar_laptop": dict(
         levels=(0.25, 0.5, 1.0),
         width=192,

@@ -138,9 +138,8 @@ def fastest_threads(model):
     before = torch.get_num_threads()
     if model.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         c = model.config
-        few = min(
-            16, max(1, 1600 // (c.num_tokens * model.F))
-        )  # little work, also for large models
+        # Few images, so that this takes no time for large models either.
+        few = min(16, max(1, 1600 // (c.num_tokens * model.F)))
         images = torch.zeros(few, c.channels, c.image_size, c.image_size)
         with torch.inference_mode():
             choose_threads(functools.partial(model, images))
