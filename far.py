@@ -16,9 +16,9 @@ frequencies, another one at each level (section 4.2; the setting target="residua
 
 The default settings are the method with modern parts: `dct` as low-pass filter, a head whose tokens
 see each other, velocity prediction on a linear path, a second-order solver. The paper's own are
-FARConfig.preset(name, paper=True). "Beyond the paper" marks what this file adds. In the presets for
-CIFAR-10 and ImageNet-64 the transformer reads x_i alone ("markov", as in the published code), which
-trains several times faster; in the others x_0 .. x_i ("causal").
+FARConfig.preset(name, paper=True). "Beyond the paper" marks what this file adds. In the presets but
+`digits` and `far_*` the transformer reads x_i alone ("markov", as in the published code), which
+trains several times faster; in these x_0 .. x_i ("causal").
 
 An example with shapes, the preset "digits": images of 8 x 8 pixels, patches of 4 x 4 pixels and
 F = 3 levels that keep the lowest 2 x 2, 4 x 4 and 8 x 8 frequencies of `dct`.
@@ -224,6 +224,23 @@ PRESETS = {
         guidance_schedule="constant",
         head_steps=8,
         temperature=1.05,
+    ),
+    # Digits with captions, in half an hour on two CPU cores: experiments/scenes.py.
+    "scenes": dict(
+        image_size=24,
+        patch_size=6,
+        num_classes=0,
+        levels=(0.25, 1.0),
+        width=192,
+        depth=2,
+        head_width=192,
+        head_depth=6,
+        # How many digits, and which where, is decided while nearly all is noise.
+        time_shift=[6.0, 3.0],
+        loss_weighting=False,
+        guidance=2.0,
+        guidance_schedule="constant",
+        head_steps=24,
     ),
     "imagenet64": dict(
         image_size=64,

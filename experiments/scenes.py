@@ -13,14 +13,13 @@ The second judges files of sample.py --npz, as GenEval does (Ghosh et al. 2023):
 picture are found, and all that its prompt says must hold. Real scenes of digits that the training
 pictures do not show are judged beside them.
 
-Between them, on a laptop:
+Between them, half an hour on two CPU cores:
 
-    python train_cifar.py --data captions --path data/scenes --image-size 24 \\
-        --text-encoder data/all-MiniLM-L6-v2 --levels 0.25,0.5,1 --width 128 --depth 4 \\
-        --head-width 128 --head-depth 3 --time-shift 0.5 --batch 32 --lr 3e-3 --warmup 200 \\
-        --ema 0.998 --max-minutes 30
-    python sample.py --ckpt out/captions/ckpt.pt --guidance 3 --guidance-schedule constant \\
-        --n 840 --prompts data/scenes/prompts_seen.txt --npz out/seen.npz
+    torchrun --nproc_per_node=2 train_cifar.py --data captions --path data/scenes \\
+        --text-encoder data/all-MiniLM-L6-v2 --preset scenes --cond-tokens 14 --batch 64 \\
+        --lr 3e-3 --warmup 200 --ema 0.999 --max-minutes 30
+    python sample.py --ckpt out/captions/ckpt.pt --n 420 --prompts data/scenes/prompts_seen.txt \\
+        --npz out/seen.npz
 """
 
 import json
