@@ -16,9 +16,9 @@ frequencies, another one at each level (section 4.2; the setting target="residua
 
 The default settings are the method with modern parts: `dct` as low-pass filter, a head whose tokens
 see each other, velocity prediction on a linear path, a second-order solver. The paper's own are
-FARConfig.preset(name, paper=True). "Beyond the paper" marks what this file adds. In the presets but
-`digits` and `far_*` the transformer reads x_i alone ("markov", as in the published code), which
-trains several times faster; in these x_0 .. x_i ("causal").
+FARConfig.preset(name, paper=True). "Beyond the paper" marks what this file adds. In the presets
+`digits` and `far_*` the transformer reads x_0 .. x_i ("causal"), in the others x_i alone ("markov",
+as in the published code), which trains several times faster.
 
 An example with shapes, the preset "digits": images of 8 x 8 pixels, patches of 4 x 4 pixels and
 F = 3 levels that keep the lowest 2 x 2, 4 x 4 and 8 x 8 frequencies of `dct`.
