@@ -34,8 +34,9 @@ F = 3 levels that keep the lowest 2 x 2, 4 x 4 and 8 x 8 frequencies of `dct`.
         level 0 reads x_0 = 0,        draws an image, keeps its lowest 2 x 2 frequencies: x_1
         level 1 reads x_0, x_1,       draws an image, keeps its lowest 4 x 4 frequencies: x_2
         level 2 reads x_0, x_1, x_2,  draws an image: x_3, the sample
-        calls: 3 of the transformer, 3 x 24 (`head_steps`) of the head. Guidance doubles the batch
-        of these calls, but for the head's at levels of guidance 1, by default level 0.
+        calls: 3 of the transformer, 3 x 24 (`head_steps`) of the head. With guidance each image is
+        in a batch twice, with and without its label; at levels of guidance 1, by default level 0,
+        the head is called with the label alone.
 
 Letters, those of the paper where it has one:
 
@@ -110,7 +111,9 @@ def dct(x, keep):
     """
     H = x.shape[-1]
     n = torch.arange(H, device=x.device, dtype=x.dtype)
-    basis = torch.cos(math.pi / H * (n + 0.5) * n[:, None]) * math.sqrt(2 / H)  # one row a cosine
+    basis = torch.cos(math.pi / H * (n + 0.5) * n[:, None]) * math.sqrt(
+        2 / H
+    )  # row k: the cosine of frequency k
     basis[0] /= math.sqrt(2)
     low = basis[: math.ceil(keep * H - 1e-6)]
     P = low.T @ low  # [H, H], the projection of one axis
@@ -372,7 +375,8 @@ class FARConfig:
     mask: bool = False  # hide a part of the visible tokens, in training and in sampling
     # Sampling.
     guidance: float | list = 1.0  # per level: g in `FAR.guided`; 1 is none
-    # Of one g: linear, 1 + (g - 1) i/F, none at level 0, less than g at the last; constant, g.
+    # Where guidance is one number g. linear: 1 + (g - 1) i/F at level i, none at level 0 and less
+    # than g at the last; constant: g at all levels.
     guidance_schedule: str = "linear"
     head_steps: int | list = 12  # per level: steps of the solver
     # ddpm: the paper's, ancestral. Beyond the paper: ddim; dpmpp_2m, of second order.
@@ -431,10 +435,10 @@ def patchify(x, p):
 
     ValueError if the patch side p does not divide H.
     """
-    B, C, H, W = x.shape
-    fits = p >= 1 and H % p == 0 and W % p == 0
-    check(fits, f"image sides {H} x {W} are not divisible by the patch side {p}")
-    x = x.reshape(B, C, H // p, p, W // p, p)
+    B, C, height, width = x.shape
+    fits = p >= 1 and height % p == 0 and width % p == 0
+    check(fits, f"image sides {height} x {width} are not divisible by the patch side {p}")
+    x = x.reshape(B, C, height // p, p, width // p, p)
     x = x.permute(0, 2, 4, 1, 3, 5)  # [B, H/p, W/p, C, p, p]
     return x.reshape(B, -1, C * p * p)
 
@@ -457,8 +461,8 @@ def unpatchify(tokens, p, channels):
 def block_causal_mask(num_levels, num_tokens, markov=False):
     """Which tokens see which, bool [F N, F N]: True where query (row) may attend to key (column).
 
-    A token sees its own level and all earlier ones, level(q) >= level(k). With markov only its own:
-    to look at, as `Transformer` then makes a sequence of each level.
+    A token sees its own level and all earlier ones, level(q) >= level(k). With markov only its own;
+    that is an illustration, `Transformer` makes a sequence of each level and needs no mask.
     """
     level = torch.arange(num_levels).repeat_interleave(num_tokens)
     if markov:
@@ -566,7 +570,7 @@ class Attention(nn.Module):
     qkv holds q, k and v in this order, W numbers each, of which head h has the h-th W/heads.
     dropout: share of the attention weights, in training alone.
     mask: bool [T, T] or one per sequence, [S, 1, T, T], True where query (row) may attend to key
-    (column); None: everywhere. Of a cache too: its tokens are the first columns.
+    (column); None: everywhere. With a cache, its tokens are the first columns.
     cache: a dict that keeps the keys and values of earlier calls, "k" and "v", each [S, heads, T',
     W/heads]; queries see those and their own.
     """
@@ -614,8 +618,8 @@ class Transformer(nn.Module):
     Causal attention: one sequence [condition, x_0, x_1, .., x_{F-1}] of K + F N tokens, in which a
     level sees itself and what stands before it. The block of x_0 = 0 holds nothing but positions,
     level and condition. That suffices: x_1 depends on nothing else, but for the head's noise.
-    Markov attention: a sequence [condition, x_i] per level. Texts are of different length: what
-    fills them up to K tokens is attended to by nothing but itself.
+    Markov attention: a sequence [condition, x_i] per level. Texts differ in length: padding
+    fills them up to K tokens, and no other token attends to it.
     """
 
     def __init__(self, c):
@@ -657,9 +661,10 @@ class Transformer(nn.Module):
         return vectors + self.condition_position, mean_of_words(vectors, word), word
 
     def without_padding(self, mask, word, Q, T):
-        """mask bool [Q, T], None: all -> bool [S, 1, Q, T]: a query sees itself and no padding.
+        """mask bool [Q, T], or None for True everywhere -> bool [S, 1, Q, T]: padding is not seen.
 
-        word: bool [S, K], of the first K of T keys. The Q queries are the last keys.
+        word: bool [S, K], which of the first K of T keys are no padding. The Q queries are the last
+        keys; each sees itself, so that no row of padding is empty.
         """
         keys = pad(word, (0, T - word.shape[1]), value=True)[:, None, None]  # [S, 1, 1, T]
         itself = torch.eye(T, dtype=torch.bool, device=word.device)[T - Q :]
@@ -766,7 +771,7 @@ class Path:
 
     def times(self, steps, solver):
         """The times of the sampler, [steps + 1], evenly from noise to data (0)."""
-        first = 0.999
+        first = 0.999  # not 1: nothing of the data is left there, log(alpha / sigma) is infinite
         if self.prediction == "eps" and solver != "ddpm":
             # xhat = (x_t - sigma eps)/alpha, and a deterministic solver never forgets the error of
             # its first step, which 1/alpha multiplies: start where alpha is at least 0.05.
@@ -776,10 +781,10 @@ class Path:
     def step(self, x_t, x_hat, t, s, ancestral, variance=0.0):
         """One step x_t -> x_s, s < t, given the predicted data x_hat: (mean of x_s, deviation).
 
-        The mean is alpha_s x_hat + sqrt(sigma_s^2 - c^2) eps_hat. Deterministic (DDIM): c = 0, and
-        so is the deviation. Ancestral (DDPM): c^2 is the variance of x_s given x_t and x, the
-        smaller of DDPM's two; `variance` moves the squared deviation from there (0) to the larger,
-        the variance of x_t given x_s (1).
+        The mean is alpha_s x_hat + sqrt(sigma_s^2 - smaller) eps_hat. Deterministic (DDIM): smaller
+        is 0, and so is the deviation. Ancestral (DDPM): smaller is the variance of x_s given x_t
+        and x, the smaller of DDPM's two; `variance` moves the squared deviation from there (0) to
+        the larger, the variance of x_t given x_s (1).
         """
         alpha, sigma, _, _ = self(t)
         alpha_s, sigma_s, _, _ = self(s)
@@ -1043,7 +1048,7 @@ class FAR(nn.Module):
     ):
         """Draws images from blur to detail.
 
-        labels: as for the class FAR, or an int n for n images without label (and guidance).
+        labels: a tensor as for the class FAR, or an int n for n images without label or guidance.
         generator: a torch.Generator, or a list of one per image. settings: those of FARConfig named
         in SAMPLING; the default is the config's value. levels: some of the config's, 1 among them:
         draws these alone, each with the settings of the x_i it starts from (the paper's inference
@@ -1098,13 +1103,20 @@ class FAR(nn.Module):
         if guidance == 1:
             z, labels = z[:B], labels[:B]
 
-        def noise():
+        def new_noise():
             level = torch.full((B,), i, device=x.device)
             return self.noise(draw(c.num_tokens, c.token_dim), level)
 
-        settings = (c.level_head_steps[i], c.solver, c.level_temperature[i], c.variance)
         network = self.guided(z, i, labels, guidance)
-        tokens = self.head.path.sample(network, noise(), noise, *settings)
+        tokens = self.head.path.sample(
+            network,
+            noise=new_noise(),
+            draw=new_noise,
+            steps=c.level_head_steps[i],
+            solver=c.solver,
+            temperature=c.level_temperature[i],
+            variance=c.variance,
+        )
         drawn = self.unit[i] * unpatchify(tokens, c.patch_size, c.channels)
         if c.target == "residual":
             return x + drawn
@@ -1135,7 +1147,7 @@ class FAR(nn.Module):
     # ---- What a level shows, and what it draws ----
 
     def low_pass(self, x, i):
-        """x_i = P_i x, in float32: what images x [B, C, H, H] show at level i = 0 .. F."""
+        """x_i = P_i x, in float32: what is left of images x [B, C, H, H], i = 0 .. F."""
         keep = (0.0, *self.config.levels)[i]
         ordering = ORDERINGS[self.config.ordering]
         with torch.autocast(x.device.type, enabled=False):

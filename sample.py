@@ -67,7 +67,7 @@ def explained(message):
 
 def write_file(path, save):
     """Writes a file by save(file). It is there whole or not at all, even after a kill -9."""
-    part = f"{path}.part"
+    part = f"{path}.{os.getpid()}.part"  # of this process: another may write the same file
     try:
         with open(part, "wb") as file:
             save(file)
@@ -116,7 +116,8 @@ def calls_per_second(function, device, seconds=0.2):
 
 
 def choose_threads(function):
-    """The number of threads for calls of a function: all, or on a busy machine fewer.
+    """Sets and returns the number of threads for calls of a function: all, or on a busy machine
+    fewer.
 
     Half as many are taken where they are faster by a third, which on an idle machine they are not.
     """
@@ -128,6 +129,7 @@ def choose_threads(function):
         if rate > 4 / 3 * best_rate:
             best, best_rate = threads, rate
         threads //= 2
+    torch.set_num_threads(best)
     return best
 
 
@@ -489,6 +491,7 @@ def parse_labels(text, n, num_classes, classes=()):
     """
     if text == "none" or (not text and not num_classes):
         return n
+    check(num_classes, "this model has no classes: leave out --labels")
     chosen = list(range(num_classes))
     if text:
         with explained(f"--labels {text} is not understood; write 0-9, 1,5,7, names or none"):
@@ -612,21 +615,21 @@ class Drawing:
         write_file(path, save)
 
 
-def draw_samples(model, rest, out, labels=None, n=100, seed=0, **settings):
-    """Draws n images of a checkpoint, over all classes or over captions that it keeps, into
+def draw_samples(model, rest, out, seed=0):
+    """Draws 100 images of a checkpoint, over all classes or over captions that it keeps, into
     out/samples.png and out/levels.png."""
     device = model.device
     text = rest.get("text")
-    prompts = None
+    prompts, embeddings = None, None
     if text:
-        prompts = text["captions"][:n]
-        labels = spread(len(prompts), n)
-        settings["embeddings"] = encode_prompts(prompts, text, model.config, device)
-    elif labels is None:
-        labels = parse_labels(None, n, model.config.num_classes)
+        prompts = text["captions"][:100]
+        labels = spread(len(prompts), 100)
+        embeddings = encode_prompts(prompts, text, model.config, device)
+    else:
+        labels = parse_labels(None, 100, model.config.num_classes)
     drawing = Drawing(labels, make_decoder(rest.get("latents"), device), prompts=prompts)
     bf16 = device.type == "cuda"
-    drawn = draw_images(model, labels, seed, bf16=bf16, return_levels=True, **settings)
+    drawn = draw_images(model, labels, seed, bf16=bf16, embeddings=embeddings, return_levels=True)
     for start, levels in drawn:
         drawing.add(start, levels)
     os.makedirs(out, exist_ok=True)
@@ -840,13 +843,16 @@ def make_parser():
     return parser
 
 
+# What --paper takes from the paper's recipe: how its tokens are drawn.
+PAPER_SAMPLER = ("solver", "variance", "head_steps", "temperature")
+
+
 def sampling_settings(args, c):
     """The settings of FAR.sample that the flags ask for."""
     settings = {}
     if args.paper:
         recipe = paper_recipe(c.image_size, c.ordering, c.levels)
-        for name in ("solver", "variance", "head_steps", "temperature"):
-            settings[name] = recipe[name]
+        settings = {name: recipe[name] for name in PAPER_SAMPLER}
     for name in SAMPLING:
         value = getattr(args, name)
         if value is not None:
@@ -878,6 +884,8 @@ def variation_settings(args, c, latents):
     keeps = [0.0, *c.levels[:-1]]
     allowed = ", ".join(map(str, keeps))
     check(args.keep in keeps, f"--keep {args.keep} is no level of the model; allowed: {allowed}")
+    drawn = args.levels is None or args.keep in (0, *args.levels)
+    check(drawn, f"--keep {args.keep} must be 0 or one of --levels")
     start = torch.tensor(picture)[None], keeps.index(args.keep)
     return dict(start=start, step_rule=args.step_rule or "locked")
 
@@ -899,6 +907,7 @@ def check_args(args):
     good = args.n >= 1 and args.seed >= 0 and (args.batch is None or args.batch >= 1)
     check(good, "--n and --batch must be at least 1, --seed at least 0")
     check(args.image or args.keep is None, "--keep needs --from")
+    check(not args.image or args.keep is not None, "--from needs --keep")
 
 
 def check_condition(args, c, text):

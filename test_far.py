@@ -32,6 +32,7 @@ import pathlib
 import pickle
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,7 +59,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import far
 import sample
 import train_cifar
-from experiments import scenes, sweep
+from experiments import scenes, spectra, sweep
 from far import (
     FAR,
     ORDERINGS,
@@ -3466,7 +3467,7 @@ def same(a, b, atol=0.0):
 
 
 def log_rows(out):
-    """The rows of log.csv without the clock: step, loss, level_1, .."""
+    """The rows of log.csv without the clock: step, loss, x_1, .."""
     rows = []
     for line in pathlib.Path(out, "log.csv").read_text().splitlines():
         step, _, _, *losses = line.split(",")
@@ -3489,7 +3490,7 @@ def test_short_digits_run_learns(digits, capsys):
     log = np.genfromtxt(digits / "log.csv", delimiter=",", names=True)
     assert log["loss"][-1] < 0.85
     for i in (1, 2, 3):
-        assert log[f"level_{i}"][-1] < log[f"level_{i}"][0]
+        assert log[f"x_{i}"][-1] < log[f"x_{i}"][0]
     model, rest = sample.load_checkpoint(digits / "ckpt.pt")
     assert rest["classes"] == list("0123456789")
     images, truth, *_ = train_cifar.load_digits()
@@ -3676,7 +3677,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
         return losses
 
     monkeypatch.setattr(DiffusionHead, "loss", broken)
-    words = r"not finite since step 7, levels \[2\].*ckpt.pt holds the last good state"
+    words = "not finite since step 7, that of x_2: .*ckpt.pt holds the last good state"
     with pytest.raises(ValueError, match=words):
         run(tmp_path, "--save-minutes", "1e-9", "--steps", "20")
     state = load(tmp_path)
@@ -3856,6 +3857,7 @@ def test_levels_that_show_nothing_new_are_named(capsys):
         ("--num-classes 5", "10 classes"),
         ("--image-size 16", "images of"),
         ("--cond-dim 4 --cond-tokens 2", "for Python"),
+        ("--preset far_t2i --image-size 8 --channels 1", "for texts: --data captions"),
         ("--device warp", "warp is not usable"),
         ("--levels 0.5,0.2", "increase"),
         ("--patch-size 3", "divisible"),
@@ -3877,6 +3879,8 @@ def test_wrong_training_flags(tmp_path, flags, words):
         ("--steps 600 --resume --width 32", "width contradicts"),
         ("--steps 600 --resume --seed 2", "--seed 0"),
         ("--steps 600 --resume --batch 32", "--batch 64"),
+        ("--steps 600 --resume --preset cifar", "--preset digits"),
+        ("--steps 600 --resume --paper", "has no --paper"),
     ],
 )
 def test_a_run_is_not_overwritten(digits, flags, words):
@@ -3961,10 +3965,11 @@ def test_variations_of_a_picture(digits, tmp_path):
     assert settings["step_rule"] == "locked" and settings["start"][1] == 2
     for wrong, words in (
         (["--keep", "0.3"], "0.25, 0.5"),
-        ([], "0.25, 0.5"),
+        ([], "--from needs --keep"),
         (["--keep", "0.5", "--from", str(digits / "ckpt.pt")], "cannot be read as a picture"),
         (["--keep", "0.5", "--from", ""], "needs --from"),
-        (["--ordering", "raster"], "model's own, dct"),
+        (["--keep", "0.5", "--levels", "1"], "must be 0 or one of --levels"),
+        (["--keep", "0.5", "--ordering", "raster"], "model's own, dct"),
     ):
         with pytest.raises(ValueError, match=words):
             draw(digits / "ckpt.pt", tmp_path, *flags, *wrong)
@@ -4151,6 +4156,12 @@ def test_labels_by_number_and_by_name(text, want):
     if torch.is_tensor(labels):
         labels = labels.tolist()
     assert labels == want
+
+
+def test_labels_of_a_model_without_classes():
+    assert sample.parse_labels(None, 6, 0) == sample.parse_labels("none", 6, 0) == 6
+    with pytest.raises(ValueError, match="has no classes: leave out --labels"):
+        sample.parse_labels("3", 6, 0)
 
 
 def test_grey_values_are_rounded_and_cut_off():
@@ -4459,6 +4470,24 @@ def reds(tmp_path, monkeypatch):
         return data.images[:, 0, 0, 0].tolist(), len(reads.paths)
 
     return load_reds
+
+
+def test_two_runs_may_decode_a_folder_at_once(reds, monkeypatch):
+    rename = pathlib.Path.rename
+
+    def rename_too_late(new, folder):
+        shutil.copytree(new, folder)  # the other run
+        return rename(new, folder)
+
+    monkeypatch.setattr(pathlib.Path, "rename", rename_too_late)
+    assert reds() == ([0, 10, 20, 30, 40, 50], 6)
+
+    def refuse(new, folder):
+        raise OSError("no space")
+
+    monkeypatch.setattr(pathlib.Path, "rename", refuse)
+    with pytest.raises(OSError, match="no space"):
+        reds(4)
 
 
 def test_a_folder_is_decoded_once_and_again_when_it_changes(reds):
@@ -4855,7 +4884,7 @@ def test_each_image_has_the_embeddings_of_its_captions(encoder, tmp_path, monkey
     write_captions(folder)
     data = load_captions(encoder)
     assert data.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30]
-    assert data.embeddings.shape == (6, 12, 12) and data.embeddings.dtype == torch.float16
+    assert data.embeddings.shape == (6, 16, 12) and data.embeddings.dtype == torch.float16
     assert data.text["captions"] == list(dict.fromkeys(itertools.chain(*CAPTIONS)))
     used = data.embeddings.float()[data.embeddings.any(2)]
     assert len(used) == sum(2 + len(text.split()) for text in data.text["captions"])
@@ -4865,7 +4894,7 @@ def test_each_image_has_the_embeddings_of_its_captions(encoder, tmp_path, monkey
     drawn = train_cifar.pick_embeddings(data, torch.arange(4).repeat(3000), "cpu")
     own = sample.TextEncoder(encoder)
     for k, texts in enumerate(CAPTIONS):
-        want = data.text["scale"] * own(texts, 12)  # [captions of the image, 12, 12]
+        want = data.text["scale"] * own(texts, 16)  # [captions of the image, 16, 12]
         distance = (drawn[k::4, None] - want).abs().amax((2, 3))
         assert distance.amin(1).max() < 5e-3
         shares = torch.bincount(distance.argmin(1)) / 3000
@@ -4903,7 +4932,7 @@ def test_captions_are_encoded_once_and_images_stay(encoder, captions, monkeypatc
     stop = None
     found, data = encoded_by()
     assert found == ["blue", "dark night", "dot"]
-    want = encode(sample.TextEncoder(encoder), ["dark", "blue"], 4)
+    want = encode(sample.TextEncoder(encoder), ["dark", "blue"], 8)
     assert torch.allclose(data.embeddings[[1, 4]].float(), want, atol=2e-3)
     assert data.labels.tolist() == [[0, 1], [2, 3], [4, 5], [6, -1]]
 
@@ -5002,9 +5031,9 @@ def test_training_on_captions_resumes_exactly(captioned, encoder, monkeypatch, c
     assert same(*load("out", "model"), *load("half", "model"))
     model, rest = sample.load_checkpoint("half/ckpt.pt")
     c = model.config
-    assert (c.num_classes, c.cond_tokens, c.cond_dim) == (0, 12, 12)
+    assert (c.num_classes, c.cond_tokens, c.cond_dim) == (0, 16, 12)
     assert rest["text"]["encoder"] == encoder and rest["settings"]["flip"] is False
-    assert "6 captions of 12 tokens, 4 images: a red dot; green;" in capsys.readouterr().out
+    assert "6 captions of 16 tokens, 4 images: a red dot; green;" in capsys.readouterr().out
     assert os.path.exists("half/samples.png")
     for wrong, words in (
         (["--text-encoder", "x"], f"has --text-encoder {encoder}"),
@@ -5028,7 +5057,7 @@ def test_prompts_are_drawn_and_kept_with_the_images(captioned, encoder, tmp_path
     draw("random.pt", "drawn", *flags, "--npz", "x.npz", "--png", "pngs")
     images, prompts = np.load("x.npz").values()
     assert prompts.tolist() == two[:1] * 3 + two[1:] * 2
-    embeddings = rest["text"]["scale"] * sample.TextEncoder(encoder)(two, 12)
+    embeddings = rest["text"]["scale"] * sample.TextEncoder(encoder)(two, 16)
     generators = [torch.Generator().manual_seed(sample.seed_of(0, i)) for i in range(5)]
     want = model.sample(embeddings[[0, 0, 0, 1, 1]], generator=generators, guidance=2.0)
     want = sample.to_uint8(want).permute(0, 2, 3, 1).numpy()
@@ -5065,7 +5094,7 @@ def test_prompts_with_an_encoder_that_moved(captioned, encoder, tmp_path, monkey
     [
         (["--labels", "3"], "--labels is for models of classes"),
         (["--prompt", " "], "a prompt is empty"),
-        (["--prompt", "a " * 11], "has 13 tokens, the model reads 12"),
+        (["--prompt", "a " * 15], "has 17 tokens, the model reads 16"),
         (["--prompt", "a", "--prompt", "dot", "--n", "1"], "--n 1 is less than the 2 prompts"),
         (["--prompts", "nowhere.txt"], "--prompts nowhere.txt cannot be read"),
         (["--text-encoder", "wide"], "wide gives 24 numbers a token, the model takes 12"),
@@ -5096,7 +5125,7 @@ def test_counted_operations():
     operations for each multiply-add."""
     attention, x = far.Attention(8, 2), torch.zeros(3, 5, 8)
     counted = train_cifar.count_flops(functools.partial(attention, x))
-    assert counted["Global"] == 2 * 3 * (5 * 4 * 8 * 8 + 2 * 5 * 5 * 8)
+    assert counted == 2 * 3 * (5 * 4 * 8 * 8 + 2 * 5 * 5 * 8)
 
 
 class NoAutocast:
@@ -5240,7 +5269,25 @@ def test_as_many_threads_as_are_fastest(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     assert sample.choose_threads(None) == 3
-    assert threads == [12, 6, 3, 1]
+    assert threads == [12, 6, 3, 1, 3]
+
+
+def test_the_fastest_number_of_threads_stays_set(monkeypatch):
+    before = torch.get_num_threads()
+    rates = {4: 2.0, 2: 3.0, 1: 3.0}
+
+    def calls_per_second(function, device, seconds):
+        return rates[torch.get_num_threads()]
+
+    monkeypatch.setattr(sample, "calls_per_second", calls_per_second)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    try:
+        torch.set_num_threads(4)
+        with sample.fastest_threads(tiny()):
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_drawing_takes_as_many_threads_as_are_fastest_and_gives_them_back(monkeypatch):
@@ -5398,6 +5445,7 @@ def test_a_sweep_takes_an_ordering_and_does_what_is_missing(tmp_path, monkeypatc
         lines = list(csv.DictReader(file))
     assert [line["row"] for line in lines] == ["dct", "mine.py:rings"]
     assert lines[0]["fd"] != lines[1]["fd"]
+    assert lines[0]["calls"] == "3.0"  # one head step at each of three levels
     assert pathlib.Path("out/sweep/orderings/plot.png").stat().st_size > 1000
 
     # Started again, nothing is trained; scores that are missing are made again, and are the same.
@@ -5605,11 +5653,47 @@ def test_scenes_to_train_on_and_the_one_hot_encoder(tmp_path, monkeypatch, capsy
             scenes.main(wrong)
 
 
+def test_energy_by_band_is_that_of_the_coefficients_of_the_dct():
+    images = torch.randint(0, 256, (5, 8, 8, 3), dtype=torch.uint8)
+    x = images.double().numpy() / 127.5 - 1
+    squares = scipy.fft.dctn(x, axes=(1, 2), norm="ortho") ** 2
+    index = np.arange(8)
+    larger = np.maximum(index[:, None], index)
+    for bands in (1, 4, 8):
+        band = larger * bands // 8
+        wanted = [squares[:, band == k].sum() / 5 for k in range(bands)]
+        np.testing.assert_allclose(spectra.energy_by_band(images, bands), wanted)
+
+
+def test_spectra_of_samples_against_real_images(tmp_path, capsys):
+    real = np.load(train_cifar.DIGITS)["images"]
+    sharp, pale = str(tmp_path / "sharp.npz"), str(tmp_path / "pale.npz")
+    np.savez(sharp, real)
+    # Grey is 127.5. Half of the contrast, up to rounding, is a quarter of the energy.
+    np.savez(pale, (real / 2.0 + 63.75).round().astype(np.uint8))
+    picture = str(tmp_path / "new" / "spectra.png")
+    spectra.main([sharp, pale, "--real", train_cifar.DIGITS, "--bands", "4", "--out", picture])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].endswith("sharp | 1.00 | 1.00 | 1.00 | 1.00 |")
+    assert lines[3].endswith("pale | 0.25 | 0.25 | 0.25 | 0.25 |")
+    assert os.path.getsize(picture) > 1000
+
+    for wrong, message in (
+        (["--real", train_cifar.DIGITS, __file__], "must be an npz file of sample.py --npz"),
+        (["--real", train_cifar.DIGITS, sharp, "--bands", "9"], "--bands is 9; .* 1 .. 8"),
+        (["--real", __file__, sharp], "--real .* must be a folder of images, or an npz file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            spectra.main(wrong)
+
+
 def test_a_sweep_names_what_it_does_not_know():
     with pytest.raises(ValueError, match="--rows has .'fast'.; targets has full, next, residual"):
         sweep.main(["targets", "--rows", "full,fast"])
     with pytest.raises(ValueError, match="--seeds is 1,x"):
         sweep.main(["targets", "--seeds", "1,x"])
+    with pytest.raises(ValueError, match="claim needs --score, or --real"):
+        sweep.main(["claim", "--path", "images"])
 
 
 # ==== README

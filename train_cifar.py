@@ -72,6 +72,8 @@ except ImportError:
 # ==== Settings of a run; a resumed one takes them from its checkpoint
 DEFAULTS = dict(
     data="digits",
+    preset=None,
+    paper=False,
     path=None,
     vae=None,
     text_encoder=None,
@@ -337,7 +339,11 @@ def build_map(folder, key, shape, chunks):
             np.save(new / finished.name, labels)
             if not finished.exists():
                 shutil.rmtree(folder, ignore_errors=True)
-                new.rename(folder)
+                try:
+                    new.rename(folder)
+                except OSError:  # right if the other run has just been faster
+                    if not finished.exists():
+                        raise
     labels = torch.from_numpy(np.load(finished))
     images = np.load(folder / "images.npy", mmap_mode="c")  # never written to
     return torch.from_numpy(images[: len(labels)]), labels
@@ -489,9 +495,10 @@ MOST_TOKENS = 128
 
 
 def choose_tokens(encoder, captions, args):
-    """K: the longest caption's number of tokens, a multiple of 4, or what --cond-tokens says."""
+    """K: the longest caption's number of tokens, or what --cond-tokens says."""
     lengths = encoder.lengths(captions)
-    K = min(-(-max(lengths) // 4) * 4, MOST_TOKENS, encoder.most)
+    # Rounded up to a multiple of 8: a prompt may be a little longer than all captions.
+    K = min(math.ceil(max(lengths) / 8) * 8, MOST_TOKENS, encoder.most)
     if args.resume or "cond_tokens" in args.given:
         K = args.config.cond_tokens
     least = 1 + encoder.tokenizer.num_special_tokens_to_add()
@@ -584,10 +591,10 @@ def join_processes(device):
 
 
 def count_flops(function):
-    """Floating-point operations of a call, by module and "Global", two for each multiply-add."""
+    """Floating-point operations of a call, two for each multiply-add."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function()
-    return {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    return counter.get_total_flops()
 
 
 @functools.cache
@@ -700,7 +707,7 @@ class Run:
         count = 1 if self.model.transformer.causal else self.model.F
         few = self.few_images(count)
         with torch.no_grad():
-            forward = count_flops(functools.partial(self.model, *few))["Global"] / len(few[0])
+            forward = count_flops(functools.partial(self.model, *few)) / len(few[0])
         # The backward pass takes twice the operations.
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
         return 3 * forward / matmul_rate(self.device, dtype) / self.world
@@ -851,9 +858,10 @@ class Run:
         if np.isfinite(losses).all() and self.first_bad == torch.inf:
             return
         losses = self.level_losses(self.model)
-        bad = [i for i, loss in enumerate(losses, 1) if not np.isfinite(loss)]
+        bad = [f"x_{i}" for i, loss in enumerate(losses, 1) if not np.isfinite(loss)]
+        what = ", ".join(bad) or "an unknown level"
         since = min(self.first_bad.item(), self.state["step"])
-        message = f"the loss is not finite since step {since:.0f}, levels {bad or 'unknown'}"
+        message = f"the loss is not finite since step {since:.0f}, that of {what}"
         message += ": lower --lr"
         if os.path.exists(self.args.ckpt):
             message += f"; {self.args.ckpt} holds the last good state, for --resume"
@@ -952,8 +960,8 @@ def start_files(args, file, writer, run):
     if not args.resume:
         Path(args.ckpt).unlink(missing_ok=True)
     file.truncate(0)
-    levels = [f"level_{i + 1}" for i in range(run.model.F)]
-    writer.writerow(["step", "seconds", "images_per_second", "loss", *levels])
+    steps = [f"x_{i + 1}" for i in range(run.model.F)]  # the loss of the step to x_i
+    writer.writerow(["step", "seconds", "images_per_second", "loss", *steps])
     writer.writerows(run.state["log"])
 
 
@@ -1094,8 +1102,7 @@ def new_settings(args, given):
     if args.vae:
         own = dict(WITH_VAE, flip=own.get("flip", True))
     run = {**DEFAULTS, **own}
-    usual = run.pop("preset")
-    config = preset_config(args.preset or usual, args.paper, args.given)
+    config = preset_config(args.preset or run["preset"], args.paper, args.given)
     return with_given(run, given), config
 
 
@@ -1121,10 +1128,12 @@ def resumed_settings(args, given):
     whole = {"optimizer", "settings"} <= set(state)
     check(whole, f"{args.ckpt} holds weights alone and cannot be resumed")
     kept = {**DEFAULTS, **state["settings"]}
-    for name in ("data", "vae", "text_encoder", "seed", "batch"):
+    for name in ("data", "preset", "vae", "text_encoder", "seed", "batch"):
         same = given.get(name, kept[name]) == kept[name]
         flag = flag_of(name)
         check(same, f"the run of {args.ckpt} has {flag} {kept[name]}")
+    check(kept["paper"] or not args.paper, f"the run of {args.ckpt} has no --paper")
+    given = {**given, "paper": kept["paper"]}
     config = replace(model.config, **args.given)
     for name in args.given:
         before = getattr(model.config, name)
@@ -1198,6 +1207,7 @@ def fit_config(args, data):
     check(few.max() > few.min(), "all pixels of all images have one value: were they read right?")
     if data.text:
         return fit_captions(args, data)
+    check(c.cond_dim == 0, "this preset is for texts: --data captions")
     if not args.resume and "num_classes" not in args.given:
         c = replace(c, num_classes=classes)
     enough = c.num_classes == 0 or c.num_classes >= classes

@@ -306,6 +306,7 @@ def write_scenes(folder, n, seed):
     scenes = all_scenes()
     known = {kind: [s for s in scenes[kind] if not is_held_out(s)] for kind in scenes}
     Path(folder, "images").mkdir(parents=True, exist_ok=True)
+    write_one_hot(Path(folder, "one-hot"))  # first: it needs transformers
     digits, _ = load_digits()
     lines = []
     said = {kind: [] for kind in scenes}
@@ -320,7 +321,6 @@ def write_scenes(folder, n, seed):
         lines.append(dict(file_name=name, text=text))
         said[kind] += text
     write_prompts(folder, scenes, said, rng)
-    write_one_hot(Path(folder, "one-hot"))
     write_lines(Path(folder, "metadata.jsonl"), [json.dumps(line) for line in lines])
 
 

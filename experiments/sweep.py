@@ -7,7 +7,8 @@
 
 A run of digits takes a minute or two. Prints mean and range of each row, and writes scores.csv and
 plot.png to out/sweep/NAME/. Models lie in out/sweep/models/, where comparisons share them; started
-again, it does what is missing. After a change of far.py choose another --out.
+again, it does what is missing. After a change of far.py choose another --out; sweeps that run at
+the same time need different rows, and a last one over all of them collects the table.
 """
 
 import contextlib
@@ -59,14 +60,8 @@ def curve(name, setting, values, train=None, **draw):
 
 def paper_sampler(**changes):
     """The paper's sampler as settings of FAR.sample."""
-    recipe = far.FARConfig.preset("digits", paper=True, levels=DIGITS.levels)
-    settings = dict(
-        solver=recipe.solver,
-        variance=recipe.variance,
-        head_steps=recipe.head_steps,
-        temperature=recipe.temperature,
-    )
-    return {**settings, **changes}
+    recipe = far.paper_recipe(DIGITS.image_size, DIGITS.ordering, DIGITS.levels)
+    return {**{name: recipe[name] for name in sample.PAPER_SAMPLER}, **changes}
 
 
 def steps_by_level(first, last):
@@ -98,7 +93,7 @@ def steps_curves(orders):
             train = dict(small, **settings, ordering=ordering)
             label = f"{head}: {name}"
             for n in (1, 2, 4, 8, 16):
-                draw = dict(levels=evenly(n))
+                draw = dict(levels=evenly(n), head_steps=8)
                 if name in ("shuffle", "raster"):
                     draw["step_rule"] = "locked"
                 rows[f"{label} {n}"] = dict(train, curve=label, value=n, draw=draw)
@@ -189,7 +184,7 @@ COMPARISONS = {
 
 # Comparisons whose rows are curves -> what is on the axes.
 AXES = {
-    "sampler": ("ms", ("fd", "recall")),
+    "sampler": ("calls", ("fd", "recall")),
     "diversity": ("recall", ("precision", "fd")),
     "claim": ("levels", ("fd", "precision", "recall")),
 }
@@ -249,6 +244,8 @@ def draw_and_score(folder, seed, draw, args):
         n = args.n or len(real)
     labels = sample.parse_labels(None, n, c.num_classes)
     drawing = sample.Drawing(labels, torch.clone, keep_pixels=True)
+    batch_sizes = []
+    model.head.register_forward_hook(lambda head, inputs, output: batch_sizes.append(len(output)))
     begin = time.perf_counter()
     for start, levels in sample.draw_images(model, labels, seed, return_levels=True, **draw):
         drawing.add(start, levels)
@@ -256,7 +253,9 @@ def draw_and_score(folder, seed, draw, args):
 
     shown = draw.get("levels", c.levels)
     steps = [i for i, keep in enumerate(c.levels, 1) if keep in shown]
-    scores = dict(ms=1000 * seconds / n, levels=len(steps))
+    # Evaluations of the head for one image; guidance takes two at a time.
+    calls = sum(batch_sizes) / n
+    scores = dict(ms=1000 * seconds / n, calls=calls, levels=len(steps))
     if args.score:
         scores.update(score_by_command(args.score, drawing))
     else:
@@ -353,34 +352,52 @@ def plot_dots(path, rows, lines):
 
 
 def plot_curves(path, rows, lines, axes_of):
-    """The mean over seeds of each row as a point; rows of one curve are joined."""
+    """The mean over seeds of each row as a point; rows of one curve are joined.
+
+    Of curves such as "mixing head: dct" and "token head: dct" the first part gives the line, the
+    second the colour.
+    """
     x_name, y_names = axes_of
     size = (7 * len(y_names), 5)
     figure, axes = plt.subplots(1, len(y_names), figsize=size, layout="constrained")
     curves = {}
     for name, row in rows.items():
         curves.setdefault(row.get("curve", name), []).append(name)
+    firsts = distinct(label.partition(": ")[0] for label in curves)
+    lasts = distinct(label.rpartition(": ")[2] for label in curves)
     for axis, y_name in zip(axes, y_names, strict=True):
         for label, names in curves.items():
             x = [np.mean(values_of(lines, name, x_name)) for name in names]
             y = [np.mean(values_of(lines, name, y_name)) for name in names]
-            axis.plot(x, y, "o-", label=label, alpha=0.7, markersize=4)
+            line = "-"
+            if ": " in label:
+                line = ("-", "--", ":")[firsts.index(label.partition(": ")[0]) % 3]
+            colour = f"C{lasts.index(label.rpartition(': ')[2])}"
+            style = dict(linestyle=line, color=colour, marker="o", markersize=4, alpha=0.7)
+            axis.plot(x, y, label=label, **style)
+            if x_name == "levels":
+                continue  # the value of a row is where it stands
             for name, *place in zip(names, x, y, strict=True):
                 axis.annotate(rows[name].get("value", ""), place, fontsize=7)
         axis.set_xlabel(x_name)
         axis.set_ylabel(y_name)
         axis.grid(alpha=0.3)
-        if x_name in ("ms", "levels"):
+        if x_name in ("calls", "levels"):
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:g}")
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path)
     plt.close(figure)
 
 
+def distinct(values):
+    """Each value once, in the order in which they come."""
+    return list(dict.fromkeys(values))
+
+
 # ==== Command line
 def make_parser():
-    more = "All other flags are passed on to train_cifar.py, for all rows."
+    more = "All other flags are passed on to train_cifar.py, for all rows; a row's own flags win."
     parser = sample.new_parser(__doc__, epilog=more)
     add = parser.add_argument
     add("name", choices=COMPARISONS, help="the comparison")
@@ -393,8 +410,7 @@ def make_parser():
     add("--max-minutes", type=float, help="equal time in place of equal steps")
     text = "samples to score (default: as many as there are real images; with --score 1000)"
     add("--n", type=int, help=text)
-    digits = os.path.relpath(HERE.parent / "assets" / "digits.npz")
-    add("--real", default=digits, help="npz file or folder of real images (default: %(default)s)")
+    add("--real", help="npz file or folder of real images (default: the digits)")
     text = "a command that scores samples in place of --real; {} is the npz file of the samples"
     add("--score", metavar="COMMAND", help=text)
     add("--out", default="out/sweep", help="folder to write (default: %(default)s)")
@@ -440,6 +456,9 @@ def main(argv=None):
     for name in args.ordering:
         far.check(":" in name, f"--ordering is {name}; it must be file.py:function")
         sample.load_ordering(name)  # an error now, not after the other rows
+    on_digits = args.name != "claim"
+    far.check(on_digits or args.score or args.real, "claim needs --score, or --real of its images")
+    args.real = args.real or os.path.relpath(HERE.parent / "assets" / "digits.npz")
     rows = chosen_rows(args)
     args.common = common_flags(args, others)
     far.check(args.n is None or args.n > 5, "--n must be above 5")
