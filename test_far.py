@@ -1386,7 +1386,8 @@ def record(monkeypatch):
 
         @functools.wraps(function)
         def recorded(*arguments, **settings):
-            calls.append(arguments)
+            bound = inspect.signature(function).bind(*arguments, **settings)
+            calls.append(tuple(bound.arguments.values()))
             return function(*arguments, **settings)
 
         monkeypatch.setattr(owner, name, recorded)
@@ -2879,7 +2880,7 @@ def test_a_residual_is_drawn_on_top_of_what_is_shown(monkeypatch):
     model.unit.copy_(torch.tensor([2.0, 3.0, 4.0]))
     for value in (0.0, 1.0):
 
-        def drawn(network, noise, *rest, value=value):
+        def drawn(network, noise, value=value, **rest):
             return torch.full_like(noise, value)
 
         monkeypatch.setattr(model.head.path, "sample", drawn)
@@ -2995,7 +2996,7 @@ def test_all_noise_of_a_level_lies_in_what_it_draws_with_deviation_1(target, mon
     model.set_units(some_images(500))
     noises = []
 
-    def sampler(network, noise, draw, *rest):
+    def sampler(network, noise, draw, **rest):
         noises.append((noise, draw()))
         return noise
 
@@ -3078,7 +3079,7 @@ def test_every_token_is_drawn_whether_hidden_or_not(monkeypatch):
     """The image of the next level shows what the head drew, at hidden places too."""
     model = tiny(mask=True, levels=(0.5, 1.0), ordering="raster")
 
-    def sampler(network, noise, *rest):
+    def sampler(network, noise, **rest):
         return torch.arange(16.0)[None, :, None].expand_as(noise) + 1
 
     monkeypatch.setattr(model.head.path, "sample", sampler)
