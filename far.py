@@ -111,9 +111,8 @@ def dct(x, keep):
     """
     H = x.shape[-1]
     n = torch.arange(H, device=x.device, dtype=x.dtype)
-    basis = torch.cos(math.pi / H * (n + 0.5) * n[:, None]) * math.sqrt(
-        2 / H
-    )  # row k: the cosine of frequency k
+    # Row k: the cosine of frequency k.
+    basis = torch.cos(math.pi / H * (n + 0.5) * n[:, None]) * math.sqrt(2 / H)
     basis[0] /= math.sqrt(2)
     low = basis[: math.ceil(keep * H - 1e-6)]
     P = low.T @ low  # [H, H], the projection of one axis

@@ -1048,7 +1048,8 @@ def make_parser():
     add = parser.add_argument
     add("--data", choices=DATA, help="default: digits")
     add("--preset", choices=PRESETS, help="default: what fits --data; far_b with --vae")
-    add("--paper", action="store_true", help="the paper's recipe in place of the defaults")
+    text = "the paper's recipe in place of the defaults"
+    add("--paper", action="store_true", default=None, help=text)
     add("--out", help="folder to write (default: out/ and the name of the data)")
     text = "continue the run in --out with its settings; --steps or --max-minutes may be raised"
     add("--resume", action="store_true", help=text)
@@ -1133,7 +1134,6 @@ def resumed_settings(args, given):
         flag = flag_of(name)
         check(same, f"the run of {args.ckpt} has {flag} {kept[name]}")
     check(kept["paper"] or not args.paper, f"the run of {args.ckpt} has no --paper")
-    given = {**given, "paper": kept["paper"]}
     config = replace(model.config, **args.given)
     for name in args.given:
         before = getattr(model.config, name)

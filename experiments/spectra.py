@@ -82,9 +82,8 @@ def main(argv=None):
     wanted = energy_by_band(real, args.bands)
 
     ratios = {}
-    print(
-        "| energy, samples / real images | " + " | ".join(map(str, range(1, args.bands + 1))) + " |"
-    )
+    numbers = " | ".join(str(k + 1) for k in range(args.bands))
+    print(f"| energy, samples / real images | {numbers} |")
     print("|---" * (args.bands + 1) + "|")
     for name, images in samples.items():
         ratios[name] = (energy_by_band(images, args.bands) / wanted).tolist()

@@ -363,16 +363,17 @@ def plot_curves(path, rows, lines, axes_of):
     curves = {}
     for name, row in rows.items():
         curves.setdefault(row.get("curve", name), []).append(name)
-    firsts = distinct(label.partition(": ")[0] for label in curves)
-    lasts = distinct(label.rpartition(": ")[2] for label in curves)
+    # A label of one part has no first part: "".
+    parts = {label: label.rpartition(": ") for label in curves}
+    firsts = distinct(first for first, _, _ in parts.values())
+    lasts = distinct(last for _, _, last in parts.values())
     for axis, y_name in zip(axes, y_names, strict=True):
         for label, names in curves.items():
             x = [np.mean(values_of(lines, name, x_name)) for name in names]
             y = [np.mean(values_of(lines, name, y_name)) for name in names]
-            line = "-"
-            if ": " in label:
-                line = ("-", "--", ":")[firsts.index(label.partition(": ")[0]) % 3]
-            colour = f"C{lasts.index(label.rpartition(': ')[2])}"
+            first, _, last = parts[label]
+            line = ("-", "--", ":")[firsts.index(first) % 3]
+            colour = f"C{lasts.index(last)}"
             style = dict(linestyle=line, color=colour, marker="o", markersize=4, alpha=0.7)
             axis.plot(x, y, label=label, **style)
             if x_name == "levels":
