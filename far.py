@@ -232,13 +232,13 @@ PRESETS = {
         image_size=24,
         patch_size=6,
         num_classes=0,
-        levels=(0.25, 1.0),
+        levels=(0.125, 1.0),  # first where there are digits, then which
         width=192,
         depth=2,
         head_width=192,
         head_depth=6,
-        # How many digits, and which where, is decided while nearly all is noise.
-        time_shift=[6.0, 3.0],
+        # Both are decided while nearly all is noise.
+        time_shift=6.0,
         loss_weighting=False,
         guidance=2.0,
         guidance_schedule="constant",
@@ -408,8 +408,8 @@ class FARConfig:
         """The settings of PRESETS[name], with paper=True `paper_recipe` on top; overrides win."""
         check(name in PRESETS, f"preset is {name!r}; it must be one of {', '.join(PRESETS)}")
         settings = dict(PRESETS[name])
-        if "levels" in overrides:
-            settings.pop("time_shift", None)  # a list for the levels of the preset
+        if "levels" in overrides and isinstance(settings.get("time_shift"), list):
+            del settings["time_shift"]  # it is for the levels of the preset
         if paper:
             check(name != "cifar_cascade", "cifar_cascade is no FAR; paper=True needs another")
             size = {**settings, **overrides}.get("image_size", cls.image_size)

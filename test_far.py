@@ -2040,6 +2040,7 @@ def test_overrides_win_over_preset_and_recipe():
     steps = [1, 2, 3, 4]
     assert FARConfig.preset("digits", paper=True, head_steps=steps).level_head_steps == steps
     assert FARConfig.preset("cifar_cascade", levels=(0.25, 0.5, 1)).level_time_shift == [1, 1, 1]
+    assert FARConfig.preset("scenes", levels=(0.25, 0.5, 1)).level_time_shift == [6, 6, 6]
 
 
 def test_one_number_becomes_one_per_level():
@@ -5471,6 +5472,32 @@ def test_a_sweep_takes_an_ordering_and_does_what_is_missing(tmp_path, monkeypatc
     assert len(trained) == 3 and "mine.py:rings" in trained[2]
 
 
+def test_a_sweep_draws_from_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = far.FAR(far.FARConfig.preset("digits", width=16, depth=1, head_width=16))
+    torch.save(dict(config=model.config.to_dict(), ema=model.state_dict()), "mine.pt")
+    monkeypatch.setattr(sweep.subprocess, "run", None)  # nothing is trained
+    rows = "temperature 0.9,guidance falling 2.0"
+    command = ["draws", "--ckpt", "mine.pt", "--rows", rows, "--seeds", "0", "--n", "20"]
+    drawn = []
+    draw_images = sample.draw_images
+
+    def noted(model, labels, seed, **settings):
+        drawn.append(settings)
+        return draw_images(model, labels, seed, **settings, head_steps=1)
+
+    monkeypatch.setattr(sample, "draw_images", noted)
+    sweep.main([*command, "--real", train_cifar.DIGITS])
+    assert [settings.get("temperature") for settings in drawn] == [0.9, None]
+    assert drawn[1]["guidance"] == [2.0, 1.5, 1.0]
+    with open("out/sweep/draws/scores.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["row"] for line in lines] == rows.split(",")
+    # With guidance the head reads each picture twice.
+    assert [line["calls"] for line in lines] == ["3.0", "5.0"]
+    assert not any(pathlib.Path("out/sweep").rglob("ckpt.pt"))
+
+
 def test_every_row_of_a_sweep_is_a_possible_model(tmp_path):
     for rows in sweep.COMPARISONS.values():
         for row in rows.values():
@@ -5695,6 +5722,18 @@ def test_a_sweep_names_what_it_does_not_know():
         sweep.main(["targets", "--seeds", "1,x"])
     with pytest.raises(ValueError, match="claim needs --score, or --real"):
         sweep.main(["claim", "--path", "images"])
+    with pytest.raises(ValueError, match="--ckpt trains nothing; it is for sampler and draws"):
+        sweep.main(["targets", "--ckpt", "mine.pt"])
+    with pytest.raises(ValueError, match="--ckpt trains nothing; it cannot take --width 16"):
+        sweep.main(["draws", "--ckpt", "mine.pt", "--width", "16"])
+    with pytest.raises(ValueError, match="--ckpt trains nothing; it cannot take --ordering"):
+        sweep.main(
+            ["draws", "--ckpt", "mine.pt", "--ordering", "experiments/orderings.py:high_to_low"]
+        )
+    with pytest.raises(ValueError, match="--ckpt trains nothing; it cannot take --max-minutes"):
+        sweep.main(["draws", "--ckpt", "mine.pt", "--max-minutes", "1"])
+    with pytest.raises(ValueError, match="mine.pt is not a file"):
+        sweep.main(["draws", "--ckpt", "mine.pt"])
 
 
 # ==== README

@@ -16,8 +16,8 @@ pictures do not show are judged beside them.
 Between them, half an hour on two CPU cores:
 
     torchrun --nproc_per_node=2 train_cifar.py --data captions --path data/scenes \\
-        --text-encoder data/all-MiniLM-L6-v2 --preset scenes --cond-tokens 14 --batch 64 \\
-        --lr 3e-3 --warmup 200 --ema 0.999 --max-minutes 30
+        --text-encoder data/all-MiniLM-L6-v2 --preset scenes --batch 64 \\
+        --lr 1e-3 --warmup 200 --ema 0.999 --max-minutes 30
     python sample.py --ckpt out/captions/ckpt.pt --n 420 --prompts data/scenes/prompts_seen.txt \\
         --npz out/seen.npz
 """

@@ -4,6 +4,7 @@
     python experiments/sweep.py orderings --ordering mine.py:rings --rows dct,raster --seeds 0,1,2
     python experiments/sweep.py components --max-minutes 2 --width 64     # equal time, and smaller
     python experiments/sweep.py claim --path DIR --score "python score.py {} --real DIR"
+    python experiments/sweep.py draws --ckpt out/digits/ckpt.pt           # one model, drawn anew
 
 A run of digits takes a minute or two. Prints mean and range of each row, and writes scores.csv and
 plot.png to out/sweep/NAME/. Models lie in out/sweep/models/, where comparisons share them; started
@@ -68,14 +69,35 @@ def steps_by_level(first, last):
     return far.head_step_schedule(len(DIGITS.levels), first, last)
 
 
-def diversity_curves(head, train):
-    """What sampling does to precision and recall, for one kind of head."""
-    masked = dict(train, mask=True)
+def draw_curves(before="", train=None):
+    """What settings of FAR.sample do to precision and recall.
+
+    before: what the names of the curves start with; train: settings of the models.
+    """
     ancestral = dict(solver="ddpm", head_steps=25, temperature=1.0)
+    temperatures = [0.9, 1.0, 1.05, 1.1, 1.2]
+    guidances = [1.0, 1.5, 2.0, 3.0]
+    rising, even = f"{before}guidance linear", f"{before}guidance constant"
+    rows = {
+        **curve(f"{before}temperature", "temperature", temperatures, train),
+        **curve(rising, "guidance", guidances, train, guidance_schedule="linear"),
+        **curve(even, "guidance", guidances, train, guidance_schedule="constant"),
+        **curve(f"{before}variance", "variance", [0.0, 0.5, 1.0], train, **ancestral),
+    }
+    # Most at the first level, none at the last.
+    falling = f"{before}guidance falling"
+    for g in guidances:
+        by_level = far.rising(g, 1.0, len(DIGITS.levels))
+        row = dict(train or {}, curve=falling, value=g, draw=dict(guidance=by_level))
+        rows[f"{falling} {g}"] = row
+    return rows
+
+
+def diversity_curves(head, train):
+    """The same for one kind of head, and what masks in sampling do."""
+    masked = dict(train, mask=True)
     return {
-        **curve(f"{head}: temperature", "temperature", [0.9, 1.0, 1.05, 1.1, 1.2], train),
-        **curve(f"{head}: guidance", "guidance", [1.0, 1.5, 2.0, 3.0], train),
-        **curve(f"{head}: variance", "variance", [0.0, 0.5, 1.0], train, **ancestral),
+        **draw_curves(f"{head}: ", train),
         **curve(f"{head}: mask in sampling", "mask", [False, True], masked),
     }
 
@@ -174,6 +196,7 @@ COMPARISONS = {
         **curve("ddim", "head_steps", [4, 6, 8, 12, 25, 50], solver="ddim"),
         **curve("dpmpp_2m", "head_steps", [4, 6, 8, 12, 25], solver="dpmpp_2m"),
     },
+    "draws": draw_curves(),
     "diversity": {
         **diversity_curves("mixing head", dict(patch_size=2)),
         **diversity_curves("token head", dict(patch_size=2, head_mixing=False)),
@@ -182,9 +205,13 @@ COMPARISONS = {
     "claim": steps_curves(ORDERS),
 }
 
+# Comparisons whose rows differ in settings of FAR.sample alone.
+DRAWS = ("sampler", "draws")
+
 # Comparisons whose rows are curves -> what is on the axes.
 AXES = {
     "sampler": ("calls", ("fd", "recall")),
+    "draws": ("recall", ("precision", "fd")),
     "diversity": ("recall", ("precision", "fd")),
     "claim": ("levels", ("fd", "precision", "recall")),
 }
@@ -231,12 +258,15 @@ def train(flags, ordering, args):
     return folder
 
 
-def draw_and_score(folder, seed, draw, args):
-    """Draws from the model in folder, if that is not done yet -> its scores, a dict."""
+def draw_and_score(ckpt, folder, seed, draw, args):
+    """Draws from the model in ckpt, if that is not done yet -> its scores, a dict.
+
+    folder: where they are kept.
+    """
     file = folder / f"scores_{digest(seed, draw, args.n, args.real, args.score)}.json"
     if file.exists():
         return json.loads(file.read_text())
-    model, rest = sample.load_checkpoint(folder / "ckpt.pt", args.device)
+    model, rest = sample.load_checkpoint(ckpt, args.device)
     c = model.config
     n = args.n or 1000
     if not args.score:
@@ -293,11 +323,18 @@ def do_row(name, row, seed, args):
     draw = settings.pop("draw", {})
     settings.pop("curve", None)
     settings.pop("value", None)
-    ordering = settings.get("ordering", "")
-    sample.load_ordering(ordering)
-    flags = [*args.common, *to_flags(settings), "--seed", str(seed)]
-    folder = train(flags, ordering, args)
-    return dict(row=name, seed=seed, **draw_and_score(folder, seed, draw, args))
+    if args.ckpt:
+        ckpt = args.ckpt
+        weights = hashlib.sha256(Path(ckpt).read_bytes()).hexdigest()
+        folder = Path(args.out, "models", digest(weights))
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        ordering = settings.get("ordering", "")
+        sample.load_ordering(ordering)
+        flags = [*args.common, *to_flags(settings), "--seed", str(seed)]
+        folder = train(flags, ordering, args)
+        ckpt = folder / "ckpt.pt"
+    return dict(row=name, seed=seed, **draw_and_score(ckpt, folder, seed, draw, args))
 
 
 # ==== Results
@@ -406,6 +443,8 @@ def make_parser():
     add(
         "--ordering", action="append", default=[], help="file.py:function, one more row; repeatable"
     )
+    text = "draw from this checkpoint and train nothing; for sampler, draws"
+    add("--ckpt", metavar="FILE", help=text)
     add("--seeds", default="0,1,2", help="default: %(default)s")
     add("--steps", type=int, help="training steps of a run (default: 1000)")
     add("--max-minutes", type=float, help="equal time in place of equal steps")
@@ -452,6 +491,18 @@ def chosen_rows(args):
     return {**rows, **own}
 
 
+def check_draws(args, rows, others):
+    """With --ckpt the rows may differ in how they draw alone."""
+    far.check(args.name in DRAWS, f"--ckpt trains nothing; it is for {' and '.join(DRAWS)}")
+    far.check(not others, f"--ckpt trains nothing; it cannot take {' '.join(others)}")
+    for flag in ("ordering", "steps", "max_minutes"):
+        name = flag.replace("_", "-")
+        far.check(not getattr(args, flag), f"--ckpt trains nothing; it cannot take --{name}")
+    model, _ = sample.load_checkpoint(args.ckpt, "cpu")
+    for row in rows.values():
+        far.sampling_config(model, row["draw"])
+
+
 def main(argv=None):
     args, others = make_parser().parse_known_args(argv)
     for name in args.ordering:
@@ -461,6 +512,8 @@ def main(argv=None):
     far.check(on_digits or args.score or args.real, "claim needs --score, or --real of its images")
     args.real = args.real or os.path.relpath(HERE.parent / "assets" / "digits.npz")
     rows = chosen_rows(args)
+    if args.ckpt:
+        check_draws(args, rows, others)
     args.common = common_flags(args, others)
     far.check(args.n is None or args.n > 5, "--n must be above 5")
     good = all(seed.isdigit() for seed in args.seeds.split(","))
