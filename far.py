@@ -237,7 +237,7 @@ PRESETS = {
         depth=2,
         head_width=192,
         head_depth=6,
-        # Both are decided while nearly all is noise.
+        # Where digits are, and which, is decided while nearly all is noise.
         time_shift=6.0,
         loss_weighting=False,
         guidance=2.0,

@@ -50,12 +50,17 @@ def evenly(n):
 
 
 def curve(name, setting, values, train=None, **draw):
-    """Rows that draw with one setting at several values, the other settings in draw."""
+    """Rows that draw with one setting at several values, the other settings in draw.
+
+    values: a list, or a dict of what the rows are called -> value.
+    """
+    if not isinstance(values, dict):
+        values = dict(zip(values, values, strict=True))
     rows = {}
-    for value in values:
-        row = dict(train or {}, curve=name, value=value)
+    for called, value in values.items():
+        row = dict(train or {}, curve=name, value=called)
         row["draw"] = {**draw, setting: value}
-        rows[f"{name} {value}"] = row
+        rows[f"{name} {called}"] = row
     return rows
 
 
@@ -77,20 +82,17 @@ def draw_curves(before="", train=None):
     ancestral = dict(solver="ddpm", head_steps=25, temperature=1.0)
     temperatures = [0.9, 1.0, 1.05, 1.1, 1.2]
     guidances = [1.0, 1.5, 2.0, 3.0]
-    rising, even = f"{before}guidance linear", f"{before}guidance constant"
-    rows = {
-        **curve(f"{before}temperature", "temperature", temperatures, train),
-        **curve(rising, "guidance", guidances, train, guidance_schedule="linear"),
-        **curve(even, "guidance", guidances, train, guidance_schedule="constant"),
-        **curve(f"{before}variance", "variance", [0.0, 0.5, 1.0], train, **ancestral),
-    }
     # Most at the first level, none at the last.
-    falling = f"{before}guidance falling"
-    for g in guidances:
-        by_level = far.rising(g, 1.0, len(DIGITS.levels))
-        row = dict(train or {}, curve=falling, value=g, draw=dict(guidance=by_level))
-        rows[f"{falling} {g}"] = row
-    return rows
+    falling = {g: far.rising(g, 1.0, len(DIGITS.levels)) for g in guidances}
+    linear = dict(guidance_schedule="linear")
+    constant = dict(guidance_schedule="constant")
+    return {
+        **curve(f"{before}temperature", "temperature", temperatures, train),
+        **curve(f"{before}guidance linear", "guidance", guidances, train, **linear),
+        **curve(f"{before}guidance constant", "guidance", guidances, train, **constant),
+        **curve(f"{before}variance", "variance", [0.0, 0.5, 1.0], train, **ancestral),
+        **curve(f"{before}guidance falling", "guidance", falling, train),
+    }
 
 
 def diversity_curves(head, train):
@@ -323,12 +325,8 @@ def do_row(name, row, seed, args):
     draw = settings.pop("draw", {})
     settings.pop("curve", None)
     settings.pop("value", None)
-    if args.ckpt:
-        ckpt = args.ckpt
-        weights = hashlib.sha256(Path(ckpt).read_bytes()).hexdigest()
-        folder = Path(args.out, "models", digest(weights))
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
+    ckpt, folder = args.ckpt, args.scores
+    if not ckpt:
         ordering = settings.get("ordering", "")
         sample.load_ordering(ordering)
         flags = [*args.common, *to_flags(settings), "--seed", str(seed)]
@@ -495,12 +493,20 @@ def check_draws(args, rows, others):
     """With --ckpt the rows may differ in how they draw alone."""
     far.check(args.name in DRAWS, f"--ckpt trains nothing; it is for {' and '.join(DRAWS)}")
     far.check(not others, f"--ckpt trains nothing; it cannot take {' '.join(others)}")
-    for flag in ("ordering", "steps", "max_minutes"):
-        name = flag.replace("_", "-")
-        far.check(not getattr(args, flag), f"--ckpt trains nothing; it cannot take --{name}")
+    for name in ("ordering", "steps", "max_minutes"):
+        flag = sample.flag_of(name)
+        far.check(not getattr(args, name), f"--ckpt trains nothing; it cannot take {flag}")
     model, _ = sample.load_checkpoint(args.ckpt, "cpu")
     for row in rows.values():
         far.sampling_config(model, row["draw"])
+
+
+def scores_folder(args):
+    """Where the scores of --ckpt are kept: a folder for what the file holds, not for its name."""
+    weights = hashlib.sha256(Path(args.ckpt).read_bytes()).hexdigest()
+    folder = Path(args.out, "models", digest(weights))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def main(argv=None):
@@ -512,8 +518,10 @@ def main(argv=None):
     far.check(on_digits or args.score or args.real, "claim needs --score, or --real of its images")
     args.real = args.real or os.path.relpath(HERE.parent / "assets" / "digits.npz")
     rows = chosen_rows(args)
+    args.scores = None
     if args.ckpt:
         check_draws(args, rows, others)
+        args.scores = scores_folder(args)
     args.common = common_flags(args, others)
     far.check(args.n is None or args.n > 5, "--n must be above 5")
     good = all(seed.isdigit() for seed in args.seeds.split(","))
