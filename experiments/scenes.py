@@ -1,6 +1,6 @@
 """Text to image in small: pictures of digits with captions in plain English, and their judge.
 
-    python experiments/scenes.py data/scenes                       # 20,000 pictures of 24 x 24
+    python experiments/scenes.py data/scenes                       # 60,000 pictures of 24 x 24
     python experiments/scenes.py --score out/seen.npz out/heldout.npz out/unseen.npz
 
 The first writes what train_cifar.py --data captions --path data/scenes reads, and prompts to draw
@@ -15,7 +15,7 @@ pictures do not show are judged beside them.
 
 Between them, half an hour on two CPU cores:
 
-    torchrun --nproc_per_node=2 train_cifar.py --data captions --path data/scenes \\
+    python train_cifar.py --data captions --path data/scenes \\
         --text-encoder data/all-MiniLM-L6-v2 --preset scenes --batch 64 \\
         --lr 1e-3 --warmup 200 --ema 0.999 --max-minutes 30
     python sample.py --ckpt out/captions/ckpt.pt --n 420 --prompts data/scenes/prompts_seen.txt \\
@@ -498,7 +498,7 @@ def make_parser():
     parser = sample.new_parser(__doc__)
     add = parser.add_argument
     add("folder", nargs="?", help="folder to write")
-    add("--n", type=int, default=20000, help="number of training pictures (default: %(default)s)")
+    add("--n", type=int, default=60000, help="number of training pictures (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--score", nargs="+", metavar="NPZ", help="files of sample.py --npz to judge")
     return parser
